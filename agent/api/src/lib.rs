@@ -1,0 +1,40 @@
+//! What the runtime asks of the agent in the guest, and the few names both must agree on.
+//!
+//! The agent dials the host on vsock port [`CONTROL_PORT`] once it is ready: that connection is the ready event, and
+//! then carries ttrpc with the **host as the client**. Every standard stream of a process is a vsock connection of its
+//! own that the agent dials to a port the host chose for it (see `Stdio` in the proto file).
+//! The messages are those of `proto/agent.proto`; the host treats every answer as hostile.
+
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code"
+)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+}
+
+pub use generated::agent::*;
+pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
+
+/// The host's vsock port on which it waits for the agent's control connection.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// The context identifier of the host, to which the agent dials (vsock(7), `VMADDR_CID_HOST`).
+pub const HOST_CID: u32 = 2;
+
+/// virtio-fs tag of the sandbox's shared directory.
+pub const SHARE_TAG: &str = "caisson";
+
+/// Where the agent mounts the shared directory. The runtime writes `root.path` and the sources of bind mounts as
+/// absolute paths below it.
+pub const SHARE_MOUNT: &str = "/run/caisson/share";
+
+/// The VMM's control register: a byte-wide output port. See [`POWER_OFF`].
+pub const POWER_PORT: u16 = 0x600;
+
+/// Written to [`POWER_PORT`]: the VM ends, in good order.
+pub const POWER_OFF: u8 = 1;

@@ -1,0 +1,233 @@
+//! What the VMM is given and what it says: the whole contract between `caisson` and `caisson-vmm`.
+//!
+//! The VMM is a function of its input. A [`VmSpec`] arrives as JSON on descriptor [`SPEC_FD`] (read to its end), with
+//! every file it will ever use as an inherited descriptor, named in the spec by number. After that the VMM opens
+//! nothing by path. While it runs it speaks over one `SOCK_SEQPACKET` Unix socket, [`VmSpec::control`]: each packet is
+//! one JSON value, a [`Request`] to the VMM or an [`Event`] from it, with at most one descriptor attached
+//! (`SCM_RIGHTS`). When the peer closes that socket the VMM ends at once: a sandbox never outlives its owner.
+//!
+//! Not here: how the host side finds or prepares those files (`runtime`), how they become devices (`vmm`).
+
+use serde::{Deserialize, Serialize};
+
+/// The descriptor on which the VMM reads its [`VmSpec`], as JSON, to end of file.
+pub const SPEC_FD: i32 = 3;
+
+/// The largest packet on the control socket, in bytes. Longer ones are refused by both sides.
+pub const MAX_PACKET_BYTES: usize = 64 << 10;
+
+/// The context identifier of every guest. Connections are carried over Unix sockets, so identifiers cannot collide.
+pub const GUEST_CID: u64 = 3;
+
+/// An open file descriptor that the VMM inherits, by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Fd(pub i32);
+
+/// An amount of memory in units of 2^20 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MiB(pub u32);
+
+impl MiB {
+    /// The same amount in bytes; 2^32 MiB is 2^52 bytes, which always fits.
+    pub const fn bytes(self) -> u64 {
+        (self.0 as u64) << 20
+    }
+}
+
+/// A virtual machine: its size, its boot files and its devices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: Fd,
+    /// The control socket (`SOCK_SEQPACKET`): [`Request`]s in, [`Event`]s out.
+    pub control: Fd,
+    /// The guest kernel, an uncompressed ELF image with a PVH entry note.
+    pub kernel: Fd,
+    /// The guest's initial root file system, an uncompressed cpio archive.
+    pub initramfs: Fd,
+    /// Words for the end of the kernel's command line, after those that describe the machine itself.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Number of vCPUs, 1 to 32.
+    pub vcpus: u8,
+    /// Guest memory, at least 64 MiB.
+    pub memory: MemorySpec,
+    /// How long the guest may take from its first instruction to its first vsock connection, in milliseconds.
+    /// After that the VM ends with [`Cause::BootTimeout`]. 0: no limit.
+    pub boot_deadline_ms: u64,
+    /// Shared directories, each a virtio-fs device.
+    #[serde(default)]
+    pub shares: Vec<ShareSpec>,
+    /// Network interfaces, each a virtio-net device.
+    #[serde(default)]
+    pub networks: Vec<NetworkSpec>,
+    /// Disks, each a virtio-blk device.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
+    /// Debug console: the guest's whole kernel log is written here, through an emulated 8250. `None`: only errors and
+    /// panics are captured, for [`Event::Ended`].
+    #[serde(default)]
+    pub console: Option<Fd>,
+}
+
+/// Guest memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemorySpec {
+    /// Size at boot.
+    pub size: MiB,
+    /// Ask the host for transparent huge pages (five times fewer exits while the guest boots).
+    pub huge_pages: bool,
+}
+
+/// A directory of the host that the guest can mount by its tag.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareSpec {
+    /// virtio-fs tag: 1 to 36 bytes.
+    pub tag: String,
+    /// The directory, open with `O_DIRECTORY` (`O_PATH` will do).
+    pub root: Fd,
+}
+
+/// A network interface on a tap.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSpec {
+    /// An attached tap, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking.
+    pub tap: Fd,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// Largest packet the guest may send, in bytes, without the Ethernet header.
+    pub mtu: u16,
+}
+
+/// A disk backed by a file or a block device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// The backing file.
+    pub file: Fd,
+    /// Refuse writes, and say so to the guest.
+    pub read_only: bool,
+    /// Identity reported to the guest: at most 20 bytes.
+    pub serial: String,
+}
+
+/// What the owner of the sandbox can ask of a running VMM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Connect the attached stream socket to a vsock port on which the guest listens. A refusal closes the socket.
+    Connect {
+        /// The guest's port.
+        port: u32,
+    },
+    /// Stop all vCPUs; answered by [`Event::Paused`].
+    Pause,
+    /// Let all vCPUs run again; answered by [`Event::Resumed`].
+    Resume,
+    /// Report the device and exit counters; answered by [`Event::Counters`].
+    Counters,
+    /// End the VM now, without telling the guest.
+    Stop,
+}
+
+/// What a VMM tells the owner of the sandbox.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Event {
+    /// The guest connected to a port of the host; the attached stream socket is the host's end.
+    /// An owner that does not expect the port closes the socket, which resets the guest's connection.
+    Accepted {
+        /// The host's port that the guest named.
+        port: u32,
+    },
+    /// All vCPUs are stopped.
+    Paused,
+    /// All vCPUs run.
+    Resumed,
+    /// Named counters since start, for benchmarks and metrics: `exits.<kind>`, `<device>.<what>`.
+    Counters {
+        /// Name and value, sorted by name.
+        values: Vec<(String, u64)>,
+    },
+    /// The VM is over; the process exits next, with [`Cause::exit_status`].
+    Ended {
+        /// Why.
+        cause: Cause,
+        /// One line for people: the error, or the guest's panic message.
+        message: String,
+        /// The last lines of the guest's console, oldest first; empty unless something went wrong.
+        console: Vec<String>,
+    },
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// The guest powered itself off, the owner asked for a stop, or the owner is gone.
+    PowerOff,
+    /// The VM could not be set up: a bad spec, no KVM, a kernel that is none, too little memory.
+    Setup,
+    /// The guest kernel panicked.
+    GuestPanic,
+    /// The guest reset itself without a panic message.
+    GuestReset,
+    /// A vCPU shut down: triple fault.
+    TripleFault,
+    /// The agent did not connect before the boot deadline.
+    BootTimeout,
+    /// KVM could not go on running a vCPU, or the host failed a device.
+    HostError,
+}
+
+impl Cause {
+    /// Exit status of the VMM process.
+    pub const fn exit_status(self) -> u8 {
+        match self {
+            Self::PowerOff => 0,
+            Self::Setup => 1,
+            Self::GuestPanic => 2,
+            Self::GuestReset => 3,
+            Self::TripleFault => 4,
+            Self::BootTimeout => 5,
+            Self::HostError => 6,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minimal_spec_has_no_devices() {
+        let spec: VmSpec = serde_json::from_str(
+            r#"{"kvm":4,"control":5,"kernel":6,"initramfs":7,"vcpus":1,
+                "memory":{"size":128,"huge_pages":true},"boot_deadline_ms":10000}"#,
+        )
+        .unwrap();
+        assert_eq!(spec.memory.size.bytes(), 128 << 20);
+        assert!(spec.shares.is_empty() && spec.networks.is_empty() && spec.console.is_none());
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let text = r#"{"request":"connect","port":1,"path":"/etc/passwd"}"#;
+        assert!(serde_json::from_str::<Request>(text).is_err());
+    }
+
+    #[test]
+    fn exit_statuses_are_distinct() {
+        use Cause::*;
+        let all = [PowerOff, Setup, GuestPanic, GuestReset, TripleFault, BootTimeout, HostError];
+        let mut statuses = all.map(Cause::exit_status).to_vec();
+        statuses.dedup();
+        assert_eq!(statuses.len(), all.len());
+    }
+}
