@@ -1,0 +1,454 @@
+//! The lab's disk image: Debian packages, unpacked without their maintainer scripts, in an ext4 file.
+//!
+//! apt resolves [`PACKAGES`] against an empty system and downloads what it finds; nothing is installed on this machine
+//! except the few tools of [`TOOLS`] that are missing. The image is cached under the hash of its inputs: this recipe,
+//! and the names, versions and checksums of all packages. That list itself is remembered for as long as apt's own
+//! lists stay the same.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// What the lab consists of, besides what these depend on. `podman` or `containerd` can be added here.
+const PACKAGES: &[&str] = &[
+    "acl",
+    "attr",
+    "base-files",
+    "bash",
+    "busybox-static",
+    "coreutils",
+    "crun",
+    "e2fsprogs",
+    "findutils",
+    "gawk",
+    "grep",
+    "iproute2",
+    "jq",
+    "kmod",
+    "mount",
+    "nftables",
+    "procps",
+    "python3",
+    "qemu-system-x86",
+    "runc",
+    "sed",
+    "socat",
+    "strace",
+    "tar",
+    "util-linux",
+    "xz-utils",
+];
+
+/// The meta package that depends on the newest kernel for clouds.
+const KERNEL: &str = "linux-image-6.12-cloud-amd64";
+
+/// Parts of packages that no test reads.
+const EXCLUDED: &[&str] = &[
+    "./usr/share/doc",
+    "./usr/share/man",
+    "./usr/share/locale",
+    "./usr/share/info",
+    "./usr/share/lintian",
+    "./usr/share/bash-completion",
+    "./usr/share/zsh",
+    "./usr/share/iso-codes",
+    "./usr/share/xml",
+    "./usr/share/perl*",
+    "./usr/share/icons",
+    "./usr/lib/x86_64-linux-gnu/perl*",
+    "./usr/lib/x86_64-linux-gnu/gconv",
+    "./usr/lib/x86_64-linux-gnu/gstreamer*",
+    "./usr/bin/qemu-system-x86_64",
+    "./usr/libexec/qemu-system-i386",
+    "./usr/lib/systemd",
+    "./lib/systemd",
+];
+
+/// Modules that are loaded at boot; all others of the kernel are there to be loaded on demand.
+const MODULES: &[&str] = &[
+    "irqbypass",
+    "kvm",
+    "kvm-amd",
+    "fuse",
+    "virtiofs",
+    "overlay",
+    "tun",
+    "veth",
+    "bridge",
+    "loop",
+    "virtio_console",
+];
+
+/// Files that maintainer scripts would have made: path, mode, content.
+const FILES: &[(&str, u32, &str)] = &[
+    (
+        "etc/passwd",
+        0o644,
+        "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
+    ),
+    (
+        "etc/group",
+        0o644,
+        "root:x:0:\ntty:x:5:\nkvm:x:104:\nnogroup:x:65534:\n",
+    ),
+    ("etc/subuid", 0o644, "root:100000:65536\n"),
+    ("etc/subgid", 0o644, "root:100000:65536\n"),
+    ("etc/hosts", 0o644, "127.0.0.1 localhost lab\n"),
+    ("etc/hostname", 0o644, "lab\n"),
+    ("etc/resolv.conf", 0o644, ""),
+    (
+        "etc/nsswitch.conf",
+        0o644,
+        "passwd: files\ngroup: files\nhosts: files dns\n",
+    ),
+];
+
+/// Programs this needs and the packages that have them.
+const TOOLS: &[(&str, &str)] = &[
+    ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
+    ("/usr/lib/qemu/virtiofsd", "qemu-system-common"),
+    ("/sbin/mke2fs", "e2fsprogs"),
+    ("/sbin/depmod", "kmod"),
+    ("/usr/bin/xz", "xz-utils"),
+];
+
+/// Size of the empty disk at `/scratch`, in GiB; the file is sparse.
+const SCRATCH_GIB: u32 = 24;
+
+/// The files a lab boots from.
+pub(crate) struct Image {
+    pub(crate) kernel: PathBuf,
+    pub(crate) root: PathBuf,
+    pub(crate) scratch: PathBuf,
+}
+
+/// The image, built if it is not in the cache.
+pub(crate) fn image() -> io::Result<Image> {
+    install_tools()?;
+    let cache = cache_directory()?;
+    let packages = packages(&cache)?;
+    let dir = cache.join(format!(
+        "image-{}",
+        hash(&format!("{}{packages}", include_str!("image.rs")))?
+    ));
+    if !dir.exists() {
+        let work = cache.join(format!("work-{}", std::process::id()));
+        let built = build(&work, &cache.join("packages"), &packages);
+        let built = built.and_then(|()| fs::rename(work.join("out"), &dir));
+        fs::remove_dir_all(&work)?;
+        // Another lab may have built the same image meanwhile.
+        if !dir.exists() {
+            built?;
+        }
+    }
+    Ok(Image {
+        kernel: dir.join("vmlinuz"),
+        root: dir.join("root.ext4"),
+        scratch: dir.join("scratch.ext4"),
+    })
+}
+
+fn cache_directory() -> io::Result<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let base = var("CAISSON_CACHE")
+        .or_else(|| Some(var("XDG_CACHE_HOME")?.join("caisson")))
+        .or_else(|| Some(var("HOME")?.join(".cache/caisson")))
+        .ok_or_else(|| io::Error::other("no HOME to cache the lab's image in"))?;
+    let dir = base.join("lab");
+    fs::create_dir_all(dir.join("packages/partial"))?;
+    Ok(dir)
+}
+
+fn install_tools() -> io::Result<()> {
+    let missing = TOOLS
+        .iter()
+        .filter(|(program, _)| !Path::new(program).exists());
+    let packages: Vec<&str> = missing.map(|(_, package)| *package).collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    eprintln!("lab: installing {}", packages.join(" "));
+    let install = ["install", "-y", "--no-install-recommends"];
+    run(Command::new("apt-get")
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .args(install)
+        .args(&packages))
+}
+
+/// One line for each package: address, file name, size, checksum. Kept while apt's lists do not change.
+fn packages(cache: &Path) -> io::Result<String> {
+    let mut lists = include_str!("image.rs").to_owned();
+    for entry in fs::read_dir("/var/lib/apt/lists")? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        lists += &format!(
+            "{:?} {} {}\n",
+            entry.file_name(),
+            metadata.size(),
+            metadata.mtime()
+        );
+    }
+    let file = cache.join(format!("packages-{}", hash(&lists)?));
+    if let Ok(known) = fs::read_to_string(&file) {
+        return Ok(known);
+    }
+    let resolved = match resolve(cache) {
+        Ok(resolved) => resolved,
+        Err(_) => {
+            eprintln!("lab: apt-get update");
+            run(Command::new("apt-get").arg("update"))?;
+            resolve(cache)?
+        }
+    };
+    fs::write(file, &resolved)?;
+    Ok(resolved)
+}
+
+fn resolve(cache: &Path) -> io::Result<String> {
+    let closure = output(apt_install(cache)?.arg("--print-uris"))?;
+    let kernel = kernel_package()?;
+    let kernel =
+        output(Command::new("apt-get").args(["download", "-qq", "--print-uris", &kernel]))?;
+    Ok(format!("{kernel}{closure}"))
+}
+
+/// The newest kernel's package that apt can download: Debian's signed one, else the unsigned one.
+fn kernel_package() -> io::Result<String> {
+    let depends = output(Command::new("apt-cache").args(["depends", KERNEL]))?;
+    let name = depends
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: "))
+        .ok_or_else(|| io::Error::other(format!("apt knows no {KERNEL}")))?;
+    let unsigned = format!("{name}-unsigned");
+    let offered = output(Command::new("apt-cache").args(["madison", name]))?;
+    Ok(if offered.is_empty() {
+        unsigned
+    } else {
+        name.to_owned()
+    })
+}
+
+/// `apt-get install` of all packages as if nothing were installed; it must be told not to install.
+fn apt_install(cache: &Path) -> io::Result<Command> {
+    let status = cache.join("empty-status");
+    File::create(&status)?;
+    let mut apt = Command::new("apt-get");
+    apt.args(["install", "-y", "-qq", "--no-install-recommends"])
+        .arg("-o")
+        .arg(format!("Dir::State::status={}", status.display()))
+        .arg("-o")
+        .arg(format!(
+            "Dir::Cache::archives={}",
+            cache.join("packages").display()
+        ))
+        .args(PACKAGES);
+    Ok(apt)
+}
+
+/// Makes the image's files in `work/out`.
+fn build(work: &Path, archives: &Path, packages: &str) -> io::Result<()> {
+    let (root, out) = (work.join("root"), work.join("out"));
+    fs::create_dir_all(&out)?;
+    let names: Vec<&str> = packages
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .collect();
+    let Some((kernel, closure)) = names.split_first() else {
+        return Err(io::Error::other("apt resolved no packages"));
+    };
+    eprintln!("lab: downloading {} packages", names.len());
+    let cache = archives.parent().unwrap_or(archives);
+    run(apt_install(cache)?.arg("--download-only"))?;
+    if !archives.join(kernel).exists() {
+        run(Command::new("apt-get")
+            .args(["download", "-qq", &kernel_package()?])
+            .current_dir(archives))?;
+    }
+
+    for dir in ["bin", "sbin", "lib", "lib64"] {
+        fs::create_dir_all(root.join("usr").join(dir))?;
+        symlink(format!("usr/{dir}"), root.join(dir))?;
+    }
+    for (index, name) in closure.iter().enumerate() {
+        if index % 20 == 0 {
+            eprintln!("lab: unpacking package {} of {}", index + 1, names.len());
+        }
+        unpack(&archives.join(name), &root)?;
+    }
+    unpack(&archives.join(kernel), &root)?;
+    configure(&root)?;
+    install_kernel(&root, &out.join("vmlinuz"))?;
+    eprintln!("lab: writing the disk image");
+    let room = "4G";
+    make_ext4(
+        &out.join("root.ext4"),
+        room,
+        &["-d".as_ref(), root.as_os_str()],
+    )?;
+    make_ext4(&out.join("scratch.ext4"), &format!("{SCRATCH_GIB}G"), &[])
+}
+
+fn unpack(package: &Path, root: &Path) -> io::Result<()> {
+    let mut data = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(package)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut tar = Command::new("tar");
+    tar.args(["-xf", "-", "--keep-directory-symlink"])
+        .arg("-C")
+        .arg(root);
+    tar.args(
+        EXCLUDED
+            .iter()
+            .map(|pattern| format!("--exclude={pattern}")),
+    );
+    run(tar.stdin(data.stdout.take().map_or_else(Stdio::null, Stdio::from)))?;
+    let status = data.wait()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(failed("dpkg-deb", &status.to_string()))
+    }
+}
+
+/// Does what maintainer scripts would have done, as far as the lab needs it.
+fn configure(root: &Path) -> io::Result<()> {
+    for dir in [
+        "proc", "sys", "dev", "run", "tmp", "root", "mnt", "scratch", "var/tmp", "var/log", "etc",
+    ] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    for sticky in ["tmp", "var/tmp"] {
+        fs::set_permissions(root.join(sticky), fs::Permissions::from_mode(0o1777))?;
+    }
+    for (path, mode, content) in FILES {
+        fs::write(root.join(path), content)?;
+        fs::set_permissions(root.join(path), fs::Permissions::from_mode(*mode))?;
+    }
+    let _ = symlink("/proc/self/mounts", root.join("etc/mtab"));
+    let _ = symlink("bash", root.join("usr/bin/sh"));
+    let _ = symlink("gawk", root.join("usr/bin/awk"));
+    let busybox = root.join("usr/bin/busybox");
+    for applet in output(Command::new(&busybox).arg("--list"))?.lines() {
+        let present = ["bin", "sbin"]
+            .iter()
+            .any(|dir| root.join("usr").join(dir).join(applet).exists());
+        if !present {
+            symlink("busybox", root.join("usr/bin").join(applet))?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the kernel out of `/boot`; decompresses the modules of the boot and lists them in load order.
+fn install_kernel(root: &Path, vmlinuz: &Path) -> io::Result<()> {
+    let modules = root.join("usr/lib/modules");
+    let version = fs::read_dir(&modules)?
+        .next()
+        .ok_or_else(|| io::Error::other("no kernel modules"))??;
+    let version = version.file_name().to_string_lossy().into_owned();
+    fs::copy(
+        root.join("boot").join(format!("vmlinuz-{version}")),
+        vmlinuz,
+    )?;
+    fs::remove_dir_all(root.join("boot"))?;
+
+    let depmod = || {
+        run(Command::new("/sbin/depmod")
+            .arg("-b")
+            .arg(root)
+            .arg(&version))
+    };
+    let closure = |module: &&str| {
+        let mut modprobe = Command::new("/sbin/modprobe");
+        modprobe
+            .arg("-d")
+            .arg(root)
+            .args(["-S", &version, "--show-depends", module]);
+        output(&mut modprobe)
+    };
+    depmod()?;
+    let listing: String = MODULES.iter().map(closure).collect::<io::Result<_>>()?;
+    let mut load = String::new();
+    for file in listing
+        .lines()
+        .filter_map(|line| line.strip_prefix("insmod "))
+    {
+        let file = file.trim();
+        let plain = file.trim_end_matches(".xz");
+        if plain != file && Path::new(file).exists() {
+            run(Command::new("xz").args(["--decompress", file]))?;
+        }
+        let inside = plain
+            .strip_prefix(&*root.to_string_lossy())
+            .unwrap_or(plain);
+        if !load.lines().any(|line| line == inside) {
+            load += &format!("{inside}\n");
+        }
+    }
+    depmod()?;
+    fs::write(modules.join("lab.load"), load)
+}
+
+fn make_ext4(file: &Path, size: &str, more: &[&std::ffi::OsStr]) -> io::Result<()> {
+    let mut mke2fs = Command::new("/sbin/mke2fs");
+    mke2fs.args([
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-m",
+        "0",
+        "-E",
+        "lazy_itable_init=1,root_owner=0:0",
+    ]);
+    run(mke2fs.args(more).arg(file).arg(size))
+}
+
+fn run(command: &mut Command) -> io::Result<()> {
+    let status = command.stdout(io::stderr()).status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(failed(&name(command), &status.to_string()))
+    }
+}
+
+fn output(command: &mut Command) -> io::Result<String> {
+    let output = command.stderr(Stdio::piped()).output()?;
+    if output.status.success() {
+        String::from_utf8(output.stdout).map_err(io::Error::other)
+    } else {
+        Err(failed(
+            &name(command),
+            String::from_utf8_lossy(&output.stderr).trim(),
+        ))
+    }
+}
+
+fn name(command: &Command) -> String {
+    command.get_program().to_string_lossy().into_owned()
+}
+
+fn failed(program: &str, why: &str) -> io::Error {
+    io::Error::other(format!("{program}: {why}"))
+}
+
+/// The first 16 digits of the text's SHA-256.
+fn hash(text: &str) -> io::Result<String> {
+    let mut sum = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    if let Some(mut stdin) = sum.stdin.take() {
+        stdin.write_all(text.as_bytes())?;
+    }
+    let output = sum.wait_with_output()?;
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .chars()
+        .take(16)
+        .collect())
+}
