@@ -1,1 +1,12 @@
-//! 
+//! The virtual machine of one sandbox: a function from a `VmSpec` and open descriptors to an exit status.
+//!
+//! Contract: after start nothing is opened by path. What the guest writes (rings, descriptors, registers, packets) is
+//! parsed once into checked types in `virtio::{chain, mmio}` and `devices::*::wire`; it can stop its own devices, and
+//! nothing else. Threads: main (control socket), one per vCPU, one for the io devices, and one per virtio-fs share.
+//! Not here: how the host prepares files, taps and directories (`runtime`).
+
+pub mod counters;
+pub mod devices;
+pub mod ending;
+pub mod memory;
+pub mod virtio;

@@ -1,0 +1,2 @@
+//! The process around `caisson_vmm`.
+fn main() {}

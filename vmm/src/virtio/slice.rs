@@ -1,0 +1,155 @@
+//! Ranges of guest memory as host memory: made only after a check, copied and handed to the kernel only here.
+//!
+//! Contract: a [`GuestSlice`] lies wholly in one region of the [`Mem`] it was made from, and that mapping never moves
+//! or shrinks; whoever keeps slices keeps the [`Mem`] too (`Chain` does). The guest may change the bytes at any time:
+//! they are copied out before they are parsed, and never borrowed as `&[u8]`.
+#![allow(
+    unsafe_code,
+    reason = "guest memory is shared with the guest: raw pointers, readv and writev"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+use vm_memory::{
+    Address, GuestAddress, GuestMemory, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice,
+};
+
+use crate::memory::Mem;
+
+/// The most slices one system call takes (the kernel's UIO_MAXIOV).
+const MAX_VECTORS: usize = 1024;
+
+/// A range of guest RAM in host memory.
+#[derive(Debug, Clone, Copy)]
+pub struct GuestSlice {
+    host: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the pointer is into a mapping that is not tied to a thread; all access is volatile or by the kernel.
+unsafe impl Send for GuestSlice {}
+
+impl GuestSlice {
+    /// The host memory behind `len` bytes at `addr`; `None` unless all of it is RAM of one region.
+    pub fn resolve(mem: &Mem, addr: GuestAddress, len: usize) -> Option<Self> {
+        let region = mem.find_region(addr)?;
+        let offset = MemoryRegionAddress(addr.checked_offset_from(region.start_addr())?);
+        let slice = region.get_slice(offset, len).ok()?;
+        Some(Self {
+            host: NonNull::new(slice.ptr_guard_mut().as_ptr())?,
+            len,
+        })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The part from `offset` on, at most `len` bytes; may be empty.
+    pub fn part(&self, offset: usize, len: usize) -> Self {
+        let offset = offset.min(self.len);
+        // SAFETY: offset <= self.len, so the pointer stays inside the mapping or one past its end.
+        let host = unsafe { self.host.add(offset) };
+        Self {
+            host,
+            len: len.min(self.len - offset),
+        }
+    }
+
+    fn volatile(&self) -> VolatileSlice<'_> {
+        // SAFETY: `resolve` checked that all `len` bytes are mapped, and the mapping outlives the slice (contract).
+        unsafe { VolatileSlice::new(self.host.as_ptr(), self.len) }
+    }
+
+    /// Copies out to `to`; as many bytes as both have.
+    pub fn copy_to(&self, to: &mut [u8]) -> usize {
+        self.volatile().copy_to(to)
+    }
+
+    /// Copies `from` in; as many bytes as both have.
+    pub fn copy_from(&self, from: &[u8]) -> usize {
+        let len = from.len().min(self.len);
+        self.volatile().copy_from(&from[..len]);
+        len
+    }
+
+    fn iovec(&self) -> libc::iovec {
+        libc::iovec {
+            iov_base: self.host.as_ptr().cast(),
+            iov_len: self.len,
+        }
+    }
+}
+
+/// Where in a file a transfer starts: the stream's own position, or an offset in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// A socket, pipe or tap.
+    Stream,
+    /// A file, at this offset.
+    Offset(u64),
+}
+
+fn vectors(slices: impl Iterator<Item = GuestSlice>) -> Vec<libc::iovec> {
+    slices
+        .filter(|slice| !slice.is_empty())
+        .take(MAX_VECTORS)
+        .map(|slice| slice.iovec())
+        .collect()
+}
+
+fn file_offset(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn checked(returned: isize) -> io::Result<usize> {
+    usize::try_from(returned).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads from `fd` into the slices; the number of bytes read, 0 at end of file. Not retried, may be short.
+pub fn read_into(
+    fd: BorrowedFd<'_>,
+    at: At,
+    slices: impl Iterator<Item = GuestSlice>,
+) -> io::Result<usize> {
+    let vectors = vectors(slices);
+    let count = libc::c_int::try_from(vectors.len()).unwrap_or(libc::c_int::MAX);
+    let (fd, first) = (fd.as_raw_fd(), vectors.as_ptr());
+    checked(match at {
+        // SAFETY: `first` and `count` describe `vectors`; each entry is mapped, writable guest memory.
+        At::Stream => unsafe { libc::readv(fd, first, count) },
+        At::Offset(offset) => {
+            let offset = file_offset(offset)?;
+            // SAFETY: as above.
+            unsafe { libc::preadv(fd, first, count, offset) }
+        }
+    })
+}
+
+/// Writes the slices to `fd`; the number of bytes written. Not retried, may be short.
+pub fn write_from(
+    fd: BorrowedFd<'_>,
+    at: At,
+    slices: impl Iterator<Item = GuestSlice>,
+) -> io::Result<usize> {
+    let vectors = vectors(slices);
+    let count = libc::c_int::try_from(vectors.len()).unwrap_or(libc::c_int::MAX);
+    let (fd, first) = (fd.as_raw_fd(), vectors.as_ptr());
+    checked(match at {
+        // SAFETY: `first` and `count` describe `vectors`; each entry is mapped guest memory.
+        At::Stream => unsafe { libc::writev(fd, first, count) },
+        At::Offset(offset) => {
+            let offset = file_offset(offset)?;
+            // SAFETY: as above.
+            unsafe { libc::pwritev(fd, first, count, offset) }
+        }
+    })
+}

@@ -1,0 +1,125 @@
+//! One device as the guest's bus sees it: registers, interrupt line, kick, and the way to the device's thread.
+//!
+//! Threads: `read` and `write` are called by vCPU threads, one at a time per device (the lock on the registers; it is
+//! held while a reset waits for the device's thread, which never takes it).
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_NOTIFY,
+    VIRTIO_MMIO_STATUS,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Device;
+use super::line::Line;
+use super::mmio::{Effect, Registers};
+use super::worker::{Command, Mailbox};
+
+/// What the registers and the device's thread share.
+#[derive(Debug)]
+pub struct Link {
+    /// The device's interrupt.
+    pub line: Line,
+    /// Written by KVM when the driver kicks any queue.
+    pub kick: EventFd,
+}
+
+impl Link {
+    /// A link for one device.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            line: Line::new()?,
+            kick: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })
+    }
+}
+
+/// The bus's side of a device.
+#[derive(Debug)]
+pub struct Transport {
+    registers: Mutex<Registers>,
+    link: Arc<Link>,
+    mailbox: Arc<Mailbox>,
+    /// The device's place on its worker.
+    slot: usize,
+}
+
+impl Transport {
+    /// The bus's side of `device`, which is number `slot` on the worker behind `mailbox`.
+    pub fn new(device: &dyn Device, link: Arc<Link>, mailbox: Arc<Mailbox>, slot: usize) -> Self {
+        let config = device.config().clone();
+        let registers =
+            Registers::new(device.id(), device.features(), device.queue_sizes(), config);
+        Self {
+            registers: Mutex::new(registers),
+            link,
+            mailbox,
+            slot,
+        }
+    }
+
+    /// The link to wire to KVM: irqfd and ioeventfd.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// A read by a vCPU at `offset` from the device's base.
+    pub fn read(&self, offset: u32, data: &mut [u8]) {
+        if offset == VIRTIO_MMIO_INTERRUPT_STATUS {
+            return fill(data, self.link.line.pending());
+        }
+        let registers = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        registers.read(offset, data);
+        if offset == VIRTIO_MMIO_STATUS && self.link.line.needs_reset() {
+            fill(data, registers.state().status | VIRTIO_CONFIG_S_NEEDS_RESET);
+        }
+    }
+
+    /// A write by a vCPU at `offset` from the device's base.
+    pub fn write(&self, offset: u32, data: &[u8]) {
+        match (offset, data.try_into().map(u32::from_le_bytes)) {
+            (VIRTIO_MMIO_INTERRUPT_ACK, Ok(bits)) => self.link.line.acknowledge(bits),
+            // Normally KVM does this by ioeventfd; a kick of another width arrives here.
+            (VIRTIO_MMIO_QUEUE_NOTIFY, _) => drop(self.link.kick.write(1)),
+            _ => self.write_register(offset, data),
+        }
+    }
+
+    fn write_register(&self, offset: u32, data: &[u8]) {
+        let mut registers = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let status_cleared = offset == VIRTIO_MMIO_STATUS && data == [0; 4];
+        match registers.write(offset, data) {
+            Effect::None => {}
+            Effect::Activate { queues, features } => {
+                self.mailbox.send(Command::Activate {
+                    slot: self.slot,
+                    queues,
+                    features,
+                });
+            }
+            Effect::Reset => self.mailbox.reset(self.slot),
+        }
+        if status_cleared {
+            self.link.line.reset();
+        }
+    }
+}
+
+fn fill(data: &mut [u8], value: u32) {
+    let bytes = value.to_le_bytes();
+    let len = data.len().min(bytes.len());
+    data.fill(0);
+    data[..len].copy_from_slice(&bytes[..len]);
+}
