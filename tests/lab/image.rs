@@ -157,7 +157,9 @@ fn cache_directory() -> io::Result<PathBuf> {
         .or_else(|| Some(var("HOME")?.join(".cache/caisson")))
         .ok_or_else(|| io::Error::other("no HOME to cache the lab's image in"))?;
     let dir = base.join("lab");
-    fs::create_dir_all(dir.join("packages/partial"))?;
+    for archives in ["packages", "nothing"] {
+        fs::create_dir_all(dir.join(archives).join("partial"))?;
+    }
     Ok(dir)
 }
 
@@ -207,7 +209,7 @@ fn packages(cache: &Path) -> io::Result<String> {
 }
 
 fn resolve(cache: &Path) -> io::Result<String> {
-    let closure = output(apt_install(cache)?.arg("--print-uris"))?;
+    let closure = output(apt_install(cache, "nothing")?.arg("--print-uris"))?;
     let kernel = kernel_package()?;
     let kernel =
         output(Command::new("apt-get").args(["download", "-qq", "--print-uris", &kernel]))?;
@@ -231,7 +233,8 @@ fn kernel_package() -> io::Result<String> {
 }
 
 /// `apt-get install` of all packages as if nothing were installed; it must be told not to install.
-fn apt_install(cache: &Path) -> io::Result<Command> {
+/// What is already in the directory `archives` is neither listed nor downloaded.
+fn apt_install(cache: &Path, archives: &str) -> io::Result<Command> {
     let status = cache.join("empty-status");
     File::create(&status)?;
     let mut apt = Command::new("apt-get");
@@ -241,7 +244,7 @@ fn apt_install(cache: &Path) -> io::Result<Command> {
         .arg("-o")
         .arg(format!(
             "Dir::Cache::archives={}",
-            cache.join("packages").display()
+            cache.join(archives).display()
         ))
         .args(PACKAGES);
     Ok(apt)
@@ -260,7 +263,7 @@ fn build(work: &Path, archives: &Path, packages: &str) -> io::Result<()> {
     };
     eprintln!("lab: downloading {} packages", names.len());
     let cache = archives.parent().unwrap_or(archives);
-    run(apt_install(cache)?.arg("--download-only"))?;
+    run(apt_install(cache, "packages")?.arg("--download-only"))?;
     if !archives.join(kernel).exists() {
         run(Command::new("apt-get")
             .args(["download", "-qq", &kernel_package()?])
