@@ -1,3 +1,5 @@
 //! The virtio devices, one folder or file each. A device supplies queue processing and nothing else: the transport,
 //! the thread and the interrupts are `crate::virtio`'s.
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod driver;
 pub mod fs;

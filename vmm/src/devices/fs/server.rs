@@ -1,0 +1,145 @@
+//! The seam between the virtio-fs device and the server of files: a chain in, the length of a reply out.
+//!
+//! Contract: [`FsServer`] is all that the device knows. A server of our own can take virtiofsd's place behind it.
+//! - [`FsServer::forget`]: a chain of the high-priority queue, which carries messages without a reply;
+//! - [`FsServer::request`]: a chain of a request queue, which has room for a reply.
+//!
+//! Everything that the guest can cause is a [`GuestFault`] or an error reply: a chain without room for a reply header
+//! (virtiofsd would panic on some requests), a chain larger than [`MAX_BYTES`], a message that cannot be decoded.
+//! Errors of the host's file system are replies, never faults.
+//! Threads: `start` on a thread that `thread::enter` prepared; the rest on any such thread, any number at once.
+//! Spec: virtio 1.2, 5.11; the FUSE protocol is 7.38 of `include/uapi/linux/fuse.h`.
+
+use std::io;
+
+use virtio_queue::DescriptorChain;
+use virtiofsd::Error;
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::FileSystem;
+use virtiofsd::passthrough::{
+    CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
+};
+use virtiofsd::server::Server;
+
+use super::guard::Guard;
+use super::view::View;
+use super::wire::{Forget, REPLY_HEADER_BYTES};
+use crate::memory::Mem;
+use crate::virtio::{Chain, GuestFault};
+
+/// The most bytes of a request, and of a reply: a page-aligned megabyte of data, and the headers around it.
+pub(super) const MAX_BYTES: usize = (1 << 20) + (64 << 10);
+
+/// Descriptors of the process that files of the guest may not take.
+const RESERVED_DESCRIPTORS: u64 = 256;
+
+/// Serves one directory to one guest.
+pub(super) struct FsServer {
+    guard: Guard,
+    server: Server<Guard>,
+    view: View,
+}
+
+impl FsServer {
+    /// Serves the calling thread's working directory out of `mem`. `descriptors` is the process's limit.
+    ///
+    /// # Errors
+    /// The directory or `/proc` cannot be opened.
+    pub(super) fn start(mem: &Mem, descriptors: u64) -> io::Result<Self> {
+        let view = View::of(mem).ok_or(io::ErrorKind::InvalidInput)?;
+        let config = Config {
+            root_dir: ".".into(),
+            // The guard sets the times of each reply, and when pages may be kept (coherence.rs).
+            cache_policy: CachePolicy::Auto,
+            writeback: false,
+            announce_submounts: true,
+            inode_file_handles: handles_mode()?,
+            readdirplus: true,
+            killpriv_v2: true,
+            xattr: true,
+            posix_acl: NegotiationMode::Auto,
+            clean_noatime: false,
+            guest_fd_limit: descriptors.saturating_sub(RESERVED_DESCRIPTORS),
+            ..Config::default()
+        };
+        let guard = Guard::new(PassthroughFs::new(config)?);
+        Ok(Self {
+            server: Server::new(guard.clone()),
+            guard,
+            view,
+        })
+    }
+
+    /// Takes a message that has no reply.
+    ///
+    /// # Errors
+    /// [`GuestFault`]: not such a message, or a malformed one.
+    pub(super) fn forget(&self, chain: &Chain) -> Result<(), GuestFault> {
+        Forget::parse(chain)?.each(|context, node, count| self.guard.forget(context, node, count))
+    }
+
+    /// Serves a request; returns the number of bytes of the reply.
+    ///
+    /// # Errors
+    /// [`GuestFault`]: see the file header.
+    pub(super) fn request(&self, chain: DescriptorChain<Mem>) -> Result<u32, GuestFault> {
+        let outside = |_| GuestFault::Chain("a buffer is not in guest memory");
+        let reader = Reader::new(self.view.memory(), chain.clone()).map_err(outside)?;
+        let writer = Writer::new(self.view.memory(), chain).map_err(outside)?;
+        // These lengths belong to the slices that reader and writer keep: the guest cannot change them any more.
+        let (request, reply) = (reader.available_bytes(), writer.available_bytes());
+        if reply < REPLY_HEADER_BYTES {
+            return Err(GuestFault::Short {
+                need: REPLY_HEADER_BYTES,
+                got: reply,
+            });
+        }
+        if request > MAX_BYTES || reply > MAX_BYTES {
+            return Err(GuestFault::Chain(
+                "a virtio-fs request or reply above its limit",
+            ));
+        }
+        let written = self
+            .server
+            .handle_message::<()>(reader, writer, None)
+            .map_err(fault)?;
+        // At most MAX_BYTES, which was checked above; a server that says more is not believed.
+        Ok(u32::try_from(written.min(reply)).unwrap_or(0))
+    }
+
+    /// Forgets everything that the guest opened and looked up.
+    pub(super) fn reset(&self) {
+        self.server.destroy();
+    }
+}
+
+/// File handles in place of a descriptor per known file, where that can work: virtiofsd finds a mount by its path in
+/// mountinfo, which it takes as it stands there, with white space and backslashes escaped.
+fn handles_mode() -> io::Result<InodeFileHandlesMode> {
+    let share = std::env::current_dir()?;
+    let plain = share
+        .to_str()
+        .is_some_and(|path| !path.contains([' ', '\t', '\n', '\\', '#']));
+    Ok(if plain {
+        InodeFileHandlesMode::Prefer
+    } else {
+        InodeFileHandlesMode::Never
+    })
+}
+
+fn fault(error: Error) -> GuestFault {
+    GuestFault::Protocol(match error {
+        Error::DecodeMessage(_) => "a FUSE request that is too short",
+        Error::EncodeMessage(_) | Error::FlushMessage(_) => {
+            "a FUSE request without room for its reply"
+        }
+        Error::MissingParameter | Error::MissingExtension => {
+            "a FUSE request without a part it needs"
+        }
+        Error::InvalidCString(_) | Error::InvalidCString2(_) => {
+            "a FUSE request with a broken string"
+        }
+        Error::InvalidHeaderLength => "a FUSE request shorter than it says",
+        Error::InvalidXattrSize(_) => "a FUSE request with a broken attribute length",
+    })
+}
