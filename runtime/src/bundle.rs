@@ -1,0 +1,159 @@
+//! A bundle: `config.json` and its root file system, loaded and checked before anything is done on the host.
+//!
+//! Contract: a [`Bundle`] exists only if this runtime can do its host-side part of everything the specification asks
+//! for; whatever it cannot do is refused by name. Nothing is written and nothing is left open.
+//! Unknown properties are ignored, as the specification demands.
+//! Not here: what the guest does with the specification (the agent refuses its own part), sizes (`sizing.rs`).
+//! Spec: OCI runtime specification 1.0 to 1.2.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::Spec;
+
+pub use vm::VmSection;
+
+use crate::config::Config;
+
+mod rules;
+mod vm;
+
+/// A checked bundle.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bundle {
+    /// The bundle's directory, absolute, without symbolic links.
+    pub path: PathBuf,
+    /// The root file system: a directory, absolute.
+    pub rootfs: PathBuf,
+    /// `config.json`.
+    pub spec: Spec,
+    /// What `config.json` asks of the virtual machine, if the host's configuration allows it to.
+    pub vm: Option<VmSection>,
+    /// What is asked for and is not done, without harm: for the log.
+    pub warnings: Vec<String>,
+}
+
+/// How the caller of `create` or `run` deals with the terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    /// The caller goes away before the container ends: `create`, or `run --detach`.
+    pub detach: bool,
+    /// There is a `--console-socket`.
+    pub console_socket: bool,
+}
+
+/// Why a bundle is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// The directory cannot be entered.
+    #[error("bundle {path}", path = path.display())]
+    Directory {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// runc's words.
+    #[error("JSON specification file config.json not found")]
+    NoSpec,
+    /// It cannot be read.
+    #[error("read {path}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not JSON, or not of the specification's shape.
+    #[error("{path}", path = path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        source: serde_json::Error,
+    },
+    /// The root file system cannot be found.
+    #[error("invalid rootfs: stat {path}", path = path.display())]
+    NoRootfs {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The root file system is a file or the like.
+    #[error("invalid rootfs: {path} is not a directory", path = path.display())]
+    RootfsNotDirectory {
+        /// What it names.
+        path: PathBuf,
+    },
+    /// A value is missing or makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// A value is asked for that this runtime does not support.
+    #[error("{field} is not supported: {reason}")]
+    Unsupported {
+        /// Its path in `config.json`.
+        field: String,
+        /// Why, and what to do instead.
+        reason: &'static str,
+    },
+}
+
+impl Bundle {
+    /// Loads and checks the bundle in a directory.
+    pub fn load(path: &Path, config: &Config) -> Result<Self, BundleError> {
+        let path = path
+            .canonicalize()
+            .map_err(|source| BundleError::Directory {
+                path: path.into(),
+                source,
+            })?;
+        let file = path.join("config.json");
+        let text = fs::read(&file).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => BundleError::NoSpec,
+            _ => BundleError::Read {
+                path: file.clone(),
+                source,
+            },
+        })?;
+        let (spec, vm) =
+            vm::parse(&text).map_err(|source| BundleError::Json { path: file, source })?;
+        rules::check(&spec, vm.as_ref(), config)?;
+        let rootfs = rootfs(&path, &spec)?;
+        let warnings = rules::warnings(&spec);
+        Ok(Self {
+            path,
+            rootfs,
+            spec,
+            vm,
+            warnings,
+        })
+    }
+
+    /// Checks that caller and container agree on the terminal, in runc's words.
+    pub fn check_terminal(&self, caller: Caller) -> Result<(), BundleError> {
+        let terminal = self
+            .spec
+            .process()
+            .as_ref()
+            .and_then(|process| process.terminal());
+        rules::terminal(terminal.unwrap_or(false), caller)
+            .map_err(|text| BundleError::Invalid(text.into()))
+    }
+}
+
+fn rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
+    let Some(root) = spec.root() else {
+        return Err(BundleError::Invalid("root must be set".into()));
+    };
+    let path = bundle.join(root.path());
+    match fs::metadata(&path) {
+        Ok(meta) if meta.is_dir() => {}
+        Ok(_) => return Err(BundleError::RootfsNotDirectory { path }),
+        Err(source) => return Err(BundleError::NoRootfs { path, source }),
+    }
+    path.canonicalize()
+        .map_err(|source| BundleError::NoRootfs { path, source })
+}

@@ -1,0 +1,240 @@
+//! The host's configuration file: which guest is booted and how, the same for every container of this host.
+//!
+//! Contract: a missing file means the defaults; a present one is read whole, and an unknown key, a wrong type or a
+//! value out of its bounds is refused with its line. [`DEFAULT_FILE`] documents every key.
+//! Not here: what a single container asks for (`bundle.rs`, `sizing.rs`).
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+use caisson_vmm_spec::MiB;
+use serde::Deserialize;
+
+/// Where the file is, unless [`PATH_VARIABLE`] names another.
+pub const DEFAULT_PATH: &str = "/etc/caisson/config.toml";
+
+/// Environment variable that names another configuration file, which then must exist.
+pub const PATH_VARIABLE: &str = "CAISSON_CONFIG";
+
+/// The configuration file as it would be written to hold the defaults, with a comment for each key.
+pub const DEFAULT_FILE: &str = include_str!("config.toml");
+
+/// What the file says, or the defaults.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The guest kernel, an uncompressed ELF image.
+    pub kernel: PathBuf,
+    /// The guest's initial root file system with the agent.
+    pub initramfs: PathBuf,
+    /// The VMM's program.
+    pub vmm: PathBuf,
+    /// Words added to the guest kernel's command line.
+    pub kernel_params: String,
+    /// vCPUs of a container without a CPU quota, 1 to 32.
+    pub default_vcpus: u8,
+    /// Guest memory for a container without a memory limit.
+    pub default_memory_mib: MiB,
+    /// Guest memory beyond the container's limit: guest kernel, agent and page tables.
+    pub memory_overhead_mib: MiB,
+    /// Ask the host for huge pages.
+    pub huge_pages: bool,
+    /// How long a guest may take from its first instruction until its agent answers. 0: no limit.
+    pub boot_timeout_ms: u64,
+    /// Write the guest's whole kernel log to `console.log` in the container's state directory.
+    pub debug_console: bool,
+    /// Let a container's `config.json` choose kernel, initramfs and size of its virtual machine.
+    pub allow_vm_section: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: "/usr/lib/caisson/vmlinux".into(),
+            initramfs: "/usr/lib/caisson/initramfs.cpio".into(),
+            vmm: "/usr/lib/caisson/caisson-vmm".into(),
+            kernel_params: String::new(),
+            default_vcpus: 1,
+            default_memory_mib: MiB(256),
+            memory_overhead_mib: MiB(64),
+            huge_pages: true,
+            boot_timeout_ms: 30_000,
+            debug_console: false,
+            allow_vm_section: false,
+        }
+    }
+}
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("read the configuration file {path}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not what it should be.
+    #[error("configuration file {path}, line {line}: {problem}", path = path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong there.
+        problem: String,
+    },
+    /// A value is out of its bounds.
+    #[error("configuration file {path}: {key} must be {bounds}", path = path.display())]
+    Bounds {
+        /// The file.
+        path: PathBuf,
+        /// Which value.
+        key: &'static str,
+        /// What it may be.
+        bounds: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads the host's configuration: the file that [`PATH_VARIABLE`] names, else [`DEFAULT_PATH`] if it exists.
+    pub fn load() -> Result<Self, ConfigError> {
+        let named = env::var_os(PATH_VARIABLE).filter(|path| !path.is_empty());
+        let (path, may_be_absent) = match named {
+            Some(path) => (PathBuf::from(path), false),
+            None => (PathBuf::from(DEFAULT_PATH), true),
+        };
+        match fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text, &path),
+            Err(error) if may_be_absent && error.kind() == io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read { path, source }),
+        }
+    }
+
+    /// Reads the text of a configuration file; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+            path: path.into(),
+            line: error.span().map_or(1, |span| line_of(text, span.start)),
+            problem: error.message().to_owned(),
+        })?;
+        config
+            .check()
+            .map_err(|(key, bounds)| ConfigError::Bounds {
+                path: path.into(),
+                key,
+                bounds,
+            })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, &'static str)> {
+        for (key, path) in [
+            ("kernel", &self.kernel),
+            ("initramfs", &self.initramfs),
+            ("vmm", &self.vmm),
+        ] {
+            if !path.is_absolute() {
+                return Err((key, "an absolute path"));
+            }
+        }
+        if !(1..=32).contains(&self.default_vcpus) {
+            return Err(("default_vcpus", "1 to 32"));
+        }
+        if self.default_memory_mib < MiB(64) {
+            return Err(("default_memory_mib", "at least 64"));
+        }
+        if self.memory_overhead_mib < MiB(32) {
+            return Err(("memory_overhead_mib", "at least 32"));
+        }
+        Ok(())
+    }
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.bytes()
+        .take(offset)
+        .filter(|&byte| byte == b'\n')
+        .count()
+        + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/c.toml"))
+    }
+
+    #[test]
+    fn the_documented_file_holds_the_defaults() {
+        assert_eq!(parse(DEFAULT_FILE).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_documented_file_names_every_key_in_use() {
+        let uncommented: String = DEFAULT_FILE
+            .lines()
+            .filter_map(|line| line.strip_prefix("# ").or_else(|| line.strip_prefix('#')))
+            .filter(|line| line.contains(" = "))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        assert_eq!(parse(&uncommented).unwrap(), Config::default());
+        assert_eq!(uncommented.lines().count(), 11);
+    }
+
+    #[test]
+    fn an_empty_file_means_the_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_line() {
+        let error = parse("default_vcpus = 2\n\nkernal = \"/k\"\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("configuration file /c.toml, line 3: unknown field `kernal`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_wrong_type_and_broken_syntax_are_refused_with_their_line() {
+        let error = parse("huge_pages = true\ndefault_vcpus = \"two\"")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("line 2: invalid type"), "{error}");
+        let error = parse("huge_pages = true\nkernel =")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("line 2: "), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_bounds_are_refused() {
+        for (text, wanted) in [
+            ("default_vcpus = 0", "default_vcpus must be 1 to 32"),
+            ("default_vcpus = 33", "default_vcpus must be 1 to 32"),
+            (
+                "default_memory_mib = 63",
+                "default_memory_mib must be at least 64",
+            ),
+            (
+                "memory_overhead_mib = 8",
+                "memory_overhead_mib must be at least 32",
+            ),
+            ("vmm = \"caisson-vmm\"", "vmm must be an absolute path"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert_eq!(error, format!("configuration file /c.toml: {wanted}"));
+        }
+    }
+}

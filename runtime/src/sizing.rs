@@ -1,0 +1,311 @@
+//! How large the virtual machine of a container is: a pure function of its specification and the host.
+//!
+//! - vCPUs: `ceil(quota / period)` of `linux.resources.cpu`; without a quota the host's configured default; at least 1,
+//!   at most 32, never more than the host has.
+//! - Memory: the container's limit rounded up to MiB, plus the configured overhead for the guest's kernel and agent,
+//!   at least [`SMALLEST`]; without a limit the configured default. A limit below [`SMALLEST_LIMIT`] is refused.
+//! - `vm.hwConfig` of the specification, which has passed `bundle`, overrides either.
+
+pub use caisson_vmm_spec::MiB;
+use oci_spec::runtime::Spec;
+
+use crate::{bundle::VmSection, config::Config};
+
+/// The smallest guest that boots.
+pub const SMALLEST: MiB = MiB(64);
+
+/// The smallest memory limit of a container: below it not even a shell starts.
+pub const SMALLEST_LIMIT: MiB = MiB(4);
+
+/// Most vCPUs of a virtual machine.
+pub const MOST_VCPUS: u8 = 32;
+
+/// The kernel's period for CPU quotas where a specification names none, in microseconds.
+const DEFAULT_PERIOD_US: u64 = 100_000;
+
+/// The size of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmSize {
+    /// 1 to 32.
+    pub vcpus: u8,
+    /// Guest memory.
+    pub memory: MiB,
+}
+
+/// What a host has to give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// CPUs that this process may use.
+    pub cpus: usize,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+}
+
+impl Host {
+    /// Asks the kernel.
+    pub fn detect() -> Self {
+        let info = rustix::system::sysinfo();
+        Self {
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_bytes: info.totalram.saturating_mul(u64::from(info.mem_unit)),
+        }
+    }
+}
+
+/// Why there is no virtual machine of the size that was asked for.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SizingError {
+    /// The limit of the container is too small.
+    #[error(
+        "linux.resources.memory.limit is {limit_bytes} bytes: a container in a virtual machine needs at least {} ({} MiB)",
+        SMALLEST_LIMIT.bytes(), SMALLEST_LIMIT.0
+    )]
+    LimitTooSmall {
+        /// As given.
+        limit_bytes: i64,
+    },
+    /// The virtual machine that was asked for cannot boot.
+    #[error(
+        "vm.hwConfig.memory is {bytes} bytes: a virtual machine needs at least {} ({} MiB)",
+        SMALLEST.bytes(), SMALLEST.0
+    )]
+    MachineTooSmall {
+        /// As given.
+        bytes: u64,
+    },
+    /// The virtual machine would not fit into the host.
+    #[error(
+        "the virtual machine would need {needed_bytes} bytes of memory: this host has {host_bytes}"
+    )]
+    HostTooSmall {
+        /// What the machine needs.
+        needed_bytes: u64,
+        /// What there is.
+        host_bytes: u64,
+    },
+    /// A number of vCPUs that no virtual machine has.
+    #[error("vm.hwConfig.vcpus is {vcpus}: a virtual machine has 1 to {MOST_VCPUS}")]
+    Vcpus {
+        /// As given.
+        vcpus: u32,
+    },
+}
+
+/// The size of the virtual machine for a container.
+pub fn size(
+    spec: &Spec,
+    vm: Option<&VmSection>,
+    config: &Config,
+    host: Host,
+) -> Result<VmSize, SizingError> {
+    let asked = vm.and_then(|vm| vm.hw_config.as_ref());
+    let vcpus = match asked.and_then(|hw| hw.vcpus) {
+        Some(vcpus) => u8::try_from(vcpus)
+            .ok()
+            .filter(|vcpus| (1..=MOST_VCPUS).contains(vcpus))
+            .ok_or(SizingError::Vcpus { vcpus })?,
+        None => vcpus_of(spec, config),
+    };
+    let memory = match asked.and_then(|hw| hw.memory) {
+        Some(bytes) if bytes < SMALLEST.bytes() => {
+            return Err(SizingError::MachineTooSmall { bytes });
+        }
+        Some(bytes) => round_up(bytes),
+        None => memory_of(spec, config, host)?,
+    };
+    if memory.bytes() > host.memory_bytes {
+        return Err(SizingError::HostTooSmall {
+            needed_bytes: memory.bytes(),
+            host_bytes: host.memory_bytes,
+        });
+    }
+    let host_cpus = u8::try_from(host.cpus)
+        .unwrap_or(MOST_VCPUS)
+        .clamp(1, MOST_VCPUS);
+    Ok(VmSize {
+        vcpus: vcpus.min(host_cpus),
+        memory,
+    })
+}
+
+fn vcpus_of(spec: &Spec, config: &Config) -> u8 {
+    let cpu = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref())
+        .and_then(|r| r.cpu().as_ref());
+    let quota = cpu
+        .and_then(|cpu| cpu.quota())
+        .and_then(|quota| u64::try_from(quota).ok());
+    let Some(quota) = quota.filter(|&quota| quota > 0) else {
+        return config.default_vcpus;
+    };
+    let period = cpu
+        .and_then(|cpu| cpu.period())
+        .filter(|&period| period > 0);
+    let whole = quota.div_ceil(period.unwrap_or(DEFAULT_PERIOD_US));
+    u8::try_from(whole)
+        .unwrap_or(MOST_VCPUS)
+        .clamp(1, MOST_VCPUS)
+}
+
+/// The container's memory limit in bytes; `None`: unlimited.
+pub fn memory_limit(spec: &Spec) -> Option<i64> {
+    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    // -1 is runc's "no limit"; 0 sets none either.
+    resources
+        .memory()
+        .as_ref()?
+        .limit()
+        .filter(|&limit| limit > 0)
+}
+
+fn memory_of(spec: &Spec, config: &Config, host: Host) -> Result<MiB, SizingError> {
+    let Some(limit) = memory_limit(spec) else {
+        // A small host still runs a container that did not ask for anything.
+        return Ok(config.default_memory_mib);
+    };
+    let bytes = u64::try_from(limit).unwrap_or_default();
+    if bytes < SMALLEST_LIMIT.bytes() {
+        return Err(SizingError::LimitTooSmall { limit_bytes: limit });
+    }
+    // A limit beyond the host limits nothing under runc; here it asks for as much as the host has.
+    let most = host
+        .memory_bytes
+        .saturating_sub(config.memory_overhead_mib.bytes());
+    let bytes = bytes
+        .min(most)
+        .saturating_add(config.memory_overhead_mib.bytes());
+    Ok(round_up(bytes).max(SMALLEST).min(MiB(
+        u32::try_from(host.memory_bytes >> 20).unwrap_or(u32::MAX)
+    )))
+}
+
+fn round_up(bytes: u64) -> MiB {
+    MiB(u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+    const HOST: Host = Host {
+        cpus: 8,
+        memory_bytes: 8 * GIB,
+    };
+
+    fn sized(resources: &str, vm: &str, host: Host) -> Result<VmSize, SizingError> {
+        let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+        let vm: Option<VmSection> = serde_json::from_str(vm).unwrap();
+        size(
+            &serde_json::from_str(&spec).unwrap(),
+            vm.as_ref(),
+            &Config::default(),
+            host,
+        )
+    }
+
+    fn vcpus(cpu: &str) -> u8 {
+        sized(&format!(r#"{{"cpu":{cpu}}}"#), "null", HOST)
+            .unwrap()
+            .vcpus
+    }
+
+    #[test]
+    fn nothing_asked_gives_the_configured_defaults() {
+        let default = VmSize {
+            vcpus: 1,
+            memory: MiB(256),
+        };
+        assert_eq!(sized("{}", "null", HOST), Ok(default));
+        assert_eq!(
+            sized(
+                r#"{"cpu":{"quota":-1},"memory":{"limit":-1}}"#,
+                "null",
+                HOST
+            ),
+            Ok(default)
+        );
+    }
+
+    #[test]
+    fn a_quota_is_rounded_up_to_whole_vcpus() {
+        assert_eq!(vcpus(r#"{"quota":50000,"period":100000}"#), 1);
+        assert_eq!(vcpus(r#"{"quota":150000,"period":100000}"#), 2);
+        assert_eq!(vcpus(r#"{"quota":200000}"#), 2);
+        assert_eq!(vcpus(r#"{"quota":200000,"period":0}"#), 2);
+        assert_eq!(
+            vcpus(r#"{"quota":9223372036854775807,"period":1}"#),
+            8,
+            "the host has 8"
+        );
+    }
+
+    #[test]
+    fn a_host_with_many_cpus_gives_at_most_32() {
+        let host = Host { cpus: 500, ..HOST };
+        let all = r#"{"cpu":{"quota":9223372036854775807,"period":1}}"#;
+        assert_eq!(sized(all, "null", host).unwrap().vcpus, 32);
+    }
+
+    #[test]
+    fn a_memory_limit_is_rounded_up_and_gets_the_overhead() {
+        let memory = |limit: u64| {
+            sized(
+                &format!(r#"{{"memory":{{"limit":{limit}}}}}"#),
+                "null",
+                HOST,
+            )
+        };
+        assert_eq!(memory(128 << 20).unwrap().memory, MiB(128 + 64));
+        assert_eq!(memory((128 << 20) + 1).unwrap().memory, MiB(129 + 64));
+        assert_eq!(memory(4 << 20).unwrap().memory, MiB(4 + 64));
+        assert_eq!(
+            memory(i64::MAX as u64).unwrap().memory,
+            MiB(8192),
+            "all the host has"
+        );
+    }
+
+    #[test]
+    fn a_limit_below_what_a_container_needs_is_refused_with_the_number() {
+        let error = sized(r#"{"memory":{"limit":1000}}"#, "null", HOST)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("1000 bytes") && error.contains("4194304 (4 MiB)"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_vm_section_overrides_within_bounds() {
+        let vm = r#"{"hwConfig":{"vcpus":3,"memory":134217728}}"#;
+        assert_eq!(
+            sized("{}", vm, HOST),
+            Ok(VmSize {
+                vcpus: 3,
+                memory: MiB(128)
+            })
+        );
+        let small = sized("{}", r#"{"hwConfig":{"memory":1048576}}"#, HOST).unwrap_err();
+        assert_eq!(small, SizingError::MachineTooSmall { bytes: 1 << 20 });
+        for vcpus in [0, 33, 257] {
+            let vm = format!(r#"{{"hwConfig":{{"vcpus":{vcpus}}}}}"#);
+            assert_eq!(sized("{}", &vm, HOST), Err(SizingError::Vcpus { vcpus }));
+        }
+    }
+
+    #[test]
+    fn a_machine_larger_than_the_host_is_refused() {
+        let host = Host {
+            cpus: 1,
+            memory_bytes: 128 << 20,
+        };
+        assert!(matches!(
+            sized("{}", "null", host),
+            Err(SizingError::HostTooSmall { .. })
+        ));
+    }
+}
