@@ -1,5 +1,9 @@
 //! The virtio devices, one folder or file each. A device supplies queue processing and nothing else: the transport,
 //! the thread and the interrupts are `crate::virtio`'s.
+
+pub mod balloon;
+pub mod block;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod driver;
 pub mod fs;
+pub mod net;

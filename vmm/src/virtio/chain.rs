@@ -168,6 +168,11 @@ impl Chain {
         self.writable_len
     }
 
+    /// The ranges that the device may write, in order; none is empty.
+    pub fn writable(&self) -> &[GuestSlice] {
+        &self.writable
+    }
+
     /// Copies `to.len()` bytes out of the readable part from `offset` on.
     ///
     /// # Errors

@@ -21,6 +21,10 @@ use crate::memory::Mem;
 /// The most slices one system call takes (the kernel's UIO_MAXIOV).
 const MAX_VECTORS: usize = 1024;
 
+/// Size of a page, of the guest and of the host.
+pub const PAGE_BYTES: u64 = 4096;
+const PAGE_LEN: usize = 4096;
+
 /// A range of guest RAM in host memory.
 #[derive(Debug, Clone, Copy)]
 pub struct GuestSlice {
@@ -79,6 +83,21 @@ impl GuestSlice {
         let len = from.len().min(self.len);
         self.volatile().copy_from(&from[..len]);
         len
+    }
+
+    /// Gives the whole pages of the range back to the host; they read as zeros from now on. Returns their size in bytes:
+    /// 0 if there is none, or if the host refused, which then loses nothing but memory.
+    pub fn release_pages(&self) -> u64 {
+        let start = self.host.as_ptr().align_offset(PAGE_LEN).min(self.len);
+        let len = (self.len - start) / PAGE_LEN * PAGE_LEN;
+        if len == 0 {
+            return 0;
+        }
+        let pages = self.part(start, len).host.as_ptr();
+        // SAFETY: `pages` and `len` are whole pages inside the range, which is guest RAM of a private anonymous mapping
+        // (`resolve`); nothing on the host borrows guest memory, so no reference sees its bytes change.
+        let returned = unsafe { libc::madvise(pages.cast(), len, libc::MADV_DONTNEED) };
+        if returned == 0 { len as u64 } else { 0 }
     }
 
     fn iovec(&self) -> libc::iovec {

@@ -1,0 +1,638 @@
+//! virtio-blk: a disk in a file or a block device of the host.
+//!
+//! Contract: a request is decoded once out of a checked chain into a [`Request`] whose ranges lie on the disk; data
+//! moves between file and guest memory without a copy of our own. What goes wrong with the data is the request's status
+//! byte; only a chain without a header or without a status byte is a [`GuestFault`]. A write is on the host's page
+//! cache when it is acknowledged, and on the medium after a flush; for a driver that did not accept FLUSH, at once.
+//! Limits: ranges of one discard at most [`MAX_RANGES`], of one write-zeroes the same, each at most
+//! [`MAX_RANGE_SECTORS`].
+//! Spec: virtio 1.2, 5.2. The size of the disk is that of the file at start, in whole sectors.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+
+use crate::counters::{Counter, Counters};
+use crate::memory::Mem;
+use crate::virtio::slice::At;
+use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, GuestFault, Io};
+
+const VIRTIO_ID_BLOCK: u32 = 2;
+const SECTOR_BYTES: u64 = 512;
+const HEADER_BYTES: usize = 16;
+const RANGE_BYTES: usize = 16;
+/// Length of a disk's identity.
+pub const SERIAL_BYTES: usize = 20;
+const QUEUE_SIZES: [u16; 1] = [256];
+/// Data buffers of one request: the queue less header and status.
+const SEGMENTS: u32 = 254;
+
+/// The most ranges of one discard or write-zeroes request.
+pub const MAX_RANGES: u32 = 32;
+/// The most sectors of one such range: 64 MiB.
+pub const MAX_RANGE_SECTORS: u32 = 128 << 10;
+/// `struct virtio_blk_discard_write_zeroes`, flag `unmap`.
+const RANGE_UNMAP: u32 = 1;
+/// How much zero is written at a time where the file system has no better way.
+const ZEROS_BYTES: usize = 64 << 10;
+
+/// A range of bytes on the disk, checked against its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    start: u64,
+    bytes: u64,
+}
+
+/// What the driver wants.
+#[derive(Debug, PartialEq, Eq)]
+enum Request {
+    Read(Range),
+    Write(Range),
+    Flush,
+    Identity,
+    Discard(Vec<Range>),
+    WriteZeroes { ranges: Vec<Range>, unmap: bool },
+}
+
+/// Why a request is answered with an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// Not on the disk, not whole sectors, not writable, or the host failed.
+    Failed,
+    /// No such request, or a flag that we do not have.
+    Unsupported,
+}
+
+/// What a request is checked against.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    sectors: u64,
+    read_only: bool,
+}
+
+impl Shape {
+    /// The range of `sectors` sectors at `sector`, if the disk has it.
+    fn range(self, sector: u64, sectors: u64) -> Result<Range, Refusal> {
+        let end = sector.checked_add(sectors).ok_or(Refusal::Failed)?;
+        if end > self.sectors {
+            return Err(Refusal::Failed);
+        }
+        // The size in bytes is an i64: it came from the file's length.
+        Ok(Range {
+            start: sector * SECTOR_BYTES,
+            bytes: sectors * SECTOR_BYTES,
+        })
+    }
+
+    /// The range that `len` bytes of data cover from `sector` on.
+    fn data(self, sector: u64, len: usize) -> Result<Range, Refusal> {
+        let len = len as u64;
+        if !len.is_multiple_of(SECTOR_BYTES) {
+            return Err(Refusal::Failed);
+        }
+        self.range(sector, len / SECTOR_BYTES)
+    }
+
+    /// Decodes a chain that has a header of 16 bytes and a status byte.
+    fn parse(self, chain: &Chain) -> Result<Result<Request, Refusal>, GuestFault> {
+        let kind = u32::from_le_bytes(chain.read_array(0)?);
+        let sector = u64::from_le_bytes(chain.read_array(8)?);
+        let from_driver = chain.readable_len().saturating_sub(HEADER_BYTES);
+        let to_driver = chain.writable_len().saturating_sub(1);
+        if self.read_only
+            && matches!(
+                kind,
+                VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+            )
+        {
+            return Ok(Err(Refusal::Failed));
+        }
+        Ok(match kind {
+            VIRTIO_BLK_T_IN => self.data(sector, to_driver).map(Request::Read),
+            VIRTIO_BLK_T_OUT => self.data(sector, from_driver).map(Request::Write),
+            VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
+            VIRTIO_BLK_T_GET_ID if to_driver >= SERIAL_BYTES => Ok(Request::Identity),
+            VIRTIO_BLK_T_GET_ID => Err(Refusal::Failed),
+            VIRTIO_BLK_T_DISCARD => match self.ranges(chain, from_driver)? {
+                Ok((_, true)) => Err(Refusal::Unsupported),
+                parsed => parsed.map(|(ranges, _)| Request::Discard(ranges)),
+            },
+            VIRTIO_BLK_T_WRITE_ZEROES => self
+                .ranges(chain, from_driver)?
+                .map(|(ranges, unmap)| Request::WriteZeroes { ranges, unmap }),
+            _ => Err(Refusal::Unsupported),
+        })
+    }
+
+    /// The ranges of a discard or write-zeroes request, and whether all of them may be unmapped.
+    fn ranges(
+        self,
+        chain: &Chain,
+        len: usize,
+    ) -> Result<Result<(Vec<Range>, bool), Refusal>, GuestFault> {
+        let count = len / RANGE_BYTES;
+        if !len.is_multiple_of(RANGE_BYTES) || count == 0 || count > MAX_RANGES as usize {
+            return Ok(Err(Refusal::Failed));
+        }
+        let mut ranges = Vec::with_capacity(count);
+        let mut unmap = true;
+        for index in 0..count {
+            let at = HEADER_BYTES + index * RANGE_BYTES;
+            let sector = u64::from_le_bytes(chain.read_array(at)?);
+            let sectors = u32::from_le_bytes(chain.read_array(at + 8)?);
+            let flags = u32::from_le_bytes(chain.read_array(at + 12)?);
+            if flags & !RANGE_UNMAP != 0 {
+                return Ok(Err(Refusal::Unsupported));
+            }
+            unmap &= flags & RANGE_UNMAP != 0;
+            if sectors > MAX_RANGE_SECTORS {
+                return Ok(Err(Refusal::Failed));
+            }
+            match self.range(sector, u64::from(sectors)) {
+                Ok(range) => ranges.push(range),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        Ok(Ok((ranges, unmap)))
+    }
+}
+
+/// The disk: a file and what the driver may do with it.
+#[derive(Debug)]
+struct Disk {
+    file: File,
+    shape: Shape,
+    serial: [u8; SERIAL_BYTES],
+    /// Whether the driver flushes; otherwise each write is flushed for it.
+    flushes: bool,
+}
+
+impl Disk {
+    /// Serves one chain; returns the number of bytes written into it.
+    fn serve(&self, chain: &Chain) -> Result<u32, GuestFault> {
+        let to_driver = chain.writable_len();
+        let status_at = to_driver
+            .checked_sub(1)
+            .ok_or(GuestFault::Short { need: 1, got: 0 })?;
+        let done = self
+            .shape
+            .parse(chain)?
+            .and_then(|request| self.execute(&request, chain));
+        let status = match done {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Refusal::Failed) => VIRTIO_BLK_S_IOERR,
+            Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        };
+        // The three statuses are 0, 1 and 2.
+        chain.write(status_at, &status.to_le_bytes()[..1])?;
+        // What is counted starts at the first byte: after a failed read, nothing before the status is sure.
+        let sure = if done.is_ok() || status_at == 0 {
+            to_driver
+        } else {
+            0
+        };
+        Ok(u32::try_from(sure).unwrap_or(0))
+    }
+
+    fn execute(&self, request: &Request, chain: &Chain) -> Result<(), Refusal> {
+        let done = match request {
+            Request::Read(range) => transfer(*range, |done, left, at| {
+                chain.read_from(done, left, self.file.as_fd(), at)
+            }),
+            Request::Write(range) => transfer(*range, |done, left, at| {
+                chain.write_to(HEADER_BYTES + done, left, self.file.as_fd(), at)
+            })
+            .and_then(|()| {
+                if self.flushes {
+                    Ok(())
+                } else {
+                    self.file.sync_data()
+                }
+            }),
+            Request::Flush => self.file.sync_data(),
+            Request::Identity => {
+                return chain.write(0, &self.serial).map_err(|_| Refusal::Failed);
+            }
+            Request::Discard(ranges) => ranges.iter().try_for_each(|range| self.discard(*range)),
+            Request::WriteZeroes { ranges, unmap } => ranges
+                .iter()
+                .try_for_each(|range| self.write_zeroes(*range, *unmap)),
+        };
+        done.map_err(|_| Refusal::Failed)
+    }
+
+    /// A hint: a file system that cannot punch holes keeps the data.
+    fn discard(&self, range: Range) -> io::Result<()> {
+        match self.allocate(
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            range,
+        ) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
+    fn write_zeroes(&self, range: Range, unmap: bool) -> io::Result<()> {
+        let way = if unmap {
+            FallocateFlags::PUNCH_HOLE
+        } else {
+            FallocateFlags::ZERO_RANGE
+        };
+        match self.allocate(way | FallocateFlags::KEEP_SIZE, range) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                let zeros = vec![0; ZEROS_BYTES];
+                transfer(range, |_, left, at| match at {
+                    At::Offset(offset) => Ok(rustix::io::pwrite(
+                        &self.file,
+                        &zeros[..left.min(ZEROS_BYTES)],
+                        offset,
+                    )?),
+                    At::Stream => Err(io::ErrorKind::InvalidInput.into()),
+                })
+            }
+            done => Ok(done?),
+        }
+    }
+
+    fn allocate(&self, way: FallocateFlags, range: Range) -> Result<(), Errno> {
+        if range.bytes == 0 {
+            return Ok(()); // fallocate refuses empty ranges
+        }
+        rustix::io::retry_on_intr(|| fallocate(&self.file, way, range.start, range.bytes))
+    }
+}
+
+/// Repeats `step(bytes done, bytes left, where)` until the range is through.
+fn transfer(
+    range: Range,
+    mut step: impl FnMut(usize, usize, At) -> io::Result<usize>,
+) -> io::Result<()> {
+    // A range of data is as long as a chain, below 4 GiB; others are below 64 MiB.
+    let len = usize::try_from(range.bytes).unwrap_or(usize::MAX);
+    let mut done = 0;
+    while done < len {
+        match step(done, len - done, At::Offset(range.start + done as u64)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(moved) => done += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// A disk device.
+pub struct Block {
+    name: String,
+    config: ConfigSpace,
+    features: u64,
+    disk: Disk,
+    chain: Chain,
+    requests: Counter,
+}
+
+impl Block {
+    /// The disk in `file`, which is open for reading, and for writing unless `read_only`. `serial` is cut to
+    /// [`SERIAL_BYTES`].
+    ///
+    /// # Errors
+    /// The file has no size: a pipe, a socket.
+    pub fn new(
+        name: &str,
+        mut file: File,
+        read_only: bool,
+        serial: &str,
+        mem: &Mem,
+        counters: &Counters,
+    ) -> io::Result<Self> {
+        let sectors = file.seek(SeekFrom::End(0))? / SECTOR_BYTES;
+        let mut id = [0; SERIAL_BYTES];
+        for (to, from) in id.iter_mut().zip(serial.bytes()) {
+            *to = from;
+        }
+        let mut features =
+            1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH;
+        features |= if read_only {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        let shape = Shape { sectors, read_only };
+        Ok(Self {
+            name: name.into(),
+            config: ConfigSpace::read_only(config_space(sectors)),
+            features,
+            disk: Disk {
+                file,
+                shape,
+                serial: id,
+                flushes: false,
+            },
+            chain: Chain::new(mem),
+            requests: counters.register(format!("{name}.requests")),
+        })
+    }
+}
+
+/// `struct virtio_blk_config`, 60 bytes; fields of features that are not offered are zero.
+fn config_space(sectors: u64) -> Vec<u8> {
+    let mut bytes = vec![0; 60];
+    let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+    put(0, &sectors.to_le_bytes());
+    put(12, &SEGMENTS.to_le_bytes());
+    put(20, &512u32.to_le_bytes()); // blk_size
+    put(36, &MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
+    put(40, &MAX_RANGES.to_le_bytes()); // max_discard_seg
+    put(44, &8u32.to_le_bytes()); // discard_sector_alignment: 4 KiB
+    put(48, &MAX_RANGE_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+    put(52, &MAX_RANGES.to_le_bytes()); // max_write_zeroes_seg
+    put(56, &[1]); // write_zeroes_may_unmap
+    bytes
+}
+
+impl Device for Block {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn activate(&mut self, io: &mut Io) -> Result<(), DeviceError> {
+        self.disk.flushes = io.features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        Ok(())
+    }
+
+    fn process(&mut self, index: usize, io: &mut Io) -> Result<(), DeviceError> {
+        let Some(queue) = io.queues.get_mut(index) else {
+            return Ok(());
+        };
+        while queue.pop(&mut self.chain)? {
+            self.requests.add(1);
+            let written = self.disk.serve(&self.chain)?;
+            queue.push(self.chain.head(), written)?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &mut Io) {
+        self.disk.flushes = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::devices::driver::Driver;
+
+    const DISK_BYTES: usize = 1 << 20;
+
+    struct Bench {
+        driver: Driver,
+        disk: Disk,
+    }
+
+    fn bench(read_only: bool) -> Bench {
+        let mut file = tempfile::tempfile().unwrap();
+        let pattern: Vec<u8> = (0..=250)
+            .cycle()
+            .take(DISK_BYTES / 512)
+            .flat_map(|byte| [byte; 512])
+            .collect();
+        file.write_all(&pattern).unwrap();
+        let sectors = DISK_BYTES as u64 / SECTOR_BYTES;
+        let shape = Shape { sectors, read_only };
+        let disk = Disk {
+            file,
+            shape,
+            serial: *b"a disk of caisson\0\0\0",
+            flushes: true,
+        };
+        Bench {
+            driver: Driver::new(),
+            disk,
+        }
+    }
+
+    impl Bench {
+        fn call(
+            &mut self,
+            kind: u32,
+            sector: u64,
+            data: &[&[u8]],
+            room: &[u32],
+        ) -> Result<(u8, Vec<u8>, u32), GuestFault> {
+            self.driver.rewind();
+            let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+            let mut readable = vec![header.as_slice()];
+            readable.extend(data);
+            let mut writable = room.to_vec();
+            writable.push(1);
+            let at = self.driver.offer(&readable, &writable);
+            let chain = self.driver.pop()?.unwrap();
+            let written = self.disk.serve(&chain)?;
+            let mut out = Vec::new();
+            for (at, len) in at[readable.len()..].iter().zip(room) {
+                out.extend(self.driver.get(*at, *len as usize));
+            }
+            Ok((self.driver.get(*at.last().unwrap(), 1)[0], out, written))
+        }
+
+        fn contents(&mut self) -> Vec<u8> {
+            let mut bytes = Vec::new();
+            self.disk.file.seek(SeekFrom::Start(0)).unwrap();
+            self.disk.file.read_to_end(&mut bytes).unwrap();
+            bytes
+        }
+    }
+
+    #[test]
+    fn sectors_are_read_and_written_over_several_segments() {
+        let mut bench = bench(false);
+        let (status, data, written) = bench
+            .call(VIRTIO_BLK_T_IN, 3, &[], &[100, 412, 1024])
+            .unwrap();
+        assert_eq!((status, written), (0, 1537));
+        assert_eq!((data[0], data[511], data[512], data[1535]), (3, 3, 4, 5));
+        let (status, ..) = bench
+            .call(VIRTIO_BLK_T_OUT, 7, &[&[0xaa; 200], &[0xbb; 312]], &[])
+            .unwrap();
+        assert_eq!(status, 0);
+        let disk = bench.contents();
+        assert_eq!(
+            (disk[7 * 512 - 1], disk[7 * 512], disk[7 * 512 + 200]),
+            (6, 0xaa, 0xbb)
+        );
+        assert_eq!((disk[8 * 512], disk.len()), (8, DISK_BYTES));
+        assert_eq!(bench.call(VIRTIO_BLK_T_FLUSH, 0, &[], &[]).unwrap().0, 0);
+        let (status, id, _) = bench.call(VIRTIO_BLK_T_GET_ID, 0, &[], &[20]).unwrap();
+        assert_eq!((status, &id[..17]), (0, b"a disk of caisson".as_slice()));
+    }
+
+    #[test]
+    fn what_is_not_on_the_disk_is_an_error_and_changes_nothing() {
+        let mut bench = bench(false);
+        let before = bench.contents();
+        let last = DISK_BYTES as u64 / 512;
+        for sector in [last, last - 1, u64::MAX, u64::MAX / 512, 1 << 55] {
+            let (status, _, written) = bench.call(VIRTIO_BLK_T_IN, sector, &[], &[1024]).unwrap();
+            assert_eq!((status, written), (1, 0), "read at {sector}");
+            let (status, ..) = bench
+                .call(VIRTIO_BLK_T_OUT, sector, &[&[1; 1024]], &[])
+                .unwrap();
+            assert_eq!(status, 1, "write at {sector}");
+        }
+        assert_eq!(
+            bench
+                .call(VIRTIO_BLK_T_OUT, 0, &[&[1; 511]], &[])
+                .unwrap()
+                .0,
+            1
+        );
+        assert_eq!(bench.call(VIRTIO_BLK_T_IN, 0, &[], &[513]).unwrap().0, 1);
+        assert_eq!(bench.call(99, 0, &[], &[]).unwrap().0, 2);
+        assert_eq!(bench.call(VIRTIO_BLK_T_GET_ID, 0, &[], &[19]).unwrap().0, 1);
+        assert!(bench.contents() == before);
+    }
+
+    #[test]
+    fn a_read_only_disk_is_never_written() {
+        let mut bench = bench(true);
+        let before = bench.contents();
+        let range = [&[0; 8][..], &1u32.to_le_bytes(), &[0; 4]].concat();
+        for (kind, data) in [
+            (VIRTIO_BLK_T_OUT, [1; 512].as_slice()),
+            (VIRTIO_BLK_T_DISCARD, &range),
+            (VIRTIO_BLK_T_WRITE_ZEROES, &range),
+        ] {
+            assert_eq!(bench.call(kind, 0, &[data], &[]).unwrap().0, 1);
+        }
+        assert!(bench.contents() == before);
+    }
+
+    fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+        [
+            &sector.to_le_bytes()[..],
+            &sectors.to_le_bytes(),
+            &flags.to_le_bytes(),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn discard_and_write_zeroes_take_several_ranges() {
+        let mut bench = bench(false);
+        let ranges = [range(8, 8, 0), range(100, 3, 0)].concat();
+        assert_eq!(
+            bench
+                .call(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[&ranges], &[])
+                .unwrap()
+                .0,
+            0
+        );
+        assert_eq!(
+            bench
+                .call(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[&range(200, 8, 1)], &[])
+                .unwrap()
+                .0,
+            0
+        );
+        assert_eq!(
+            bench
+                .call(VIRTIO_BLK_T_DISCARD, 0, &[&range(300, 8, 0)], &[])
+                .unwrap()
+                .0,
+            0
+        );
+        let disk = bench.contents();
+        let zero = |first: usize, count: usize| {
+            disk[first * 512..(first + count) * 512]
+                .iter()
+                .all(|byte| *byte == 0)
+        };
+        assert!(zero(8, 8) && zero(100, 3) && zero(200, 8));
+        assert!(!zero(7, 1) && !zero(16, 1) && !zero(103, 1) && disk.len() == DISK_BYTES);
+    }
+
+    #[test]
+    fn broken_ranges_are_errors() {
+        let mut bench = bench(false);
+        let cases = [
+            (range(0, MAX_RANGE_SECTORS + 1, 0), 1),
+            (range(u64::MAX, 1, 0), 1),
+            (range(DISK_BYTES as u64 / 512, 1, 0), 1),
+            (range(0, 1, 2), 2),
+            (vec![0; 15], 1),
+            (vec![], 1),
+            (vec![0; 16 * 33], 1),
+        ];
+        for (ranges, expected) in cases {
+            for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+                let (status, ..) = bench.call(kind, 0, &[&ranges], &[]).unwrap();
+                assert_eq!(status, expected, "{ranges:?}");
+            }
+        }
+        assert_eq!(
+            bench
+                .call(VIRTIO_BLK_T_DISCARD, 0, &[&range(0, 1, 1)], &[])
+                .unwrap()
+                .0,
+            2
+        );
+        assert_eq!(
+            bench
+                .call(VIRTIO_BLK_T_DISCARD, 0, &[&range(0, 0, 0)], &[])
+                .unwrap()
+                .0,
+            0
+        );
+    }
+
+    #[test]
+    fn a_chain_without_header_or_status_is_a_fault() {
+        let mut bench = bench(false);
+        for (readable, writable) in [(15, 1), (0, 1), (16, 0)] {
+            bench.driver.rewind();
+            let bytes = vec![0; readable];
+            let readable: Vec<&[u8]> = if bytes.is_empty() {
+                vec![]
+            } else {
+                vec![&bytes]
+            };
+            bench.driver.offer(&readable, &vec![1; writable]);
+            let chain = bench.driver.pop().unwrap().unwrap();
+            assert!(bench.disk.serve(&chain).is_err());
+        }
+    }
+
+    #[test]
+    fn a_file_that_shrank_is_an_error() {
+        let mut bench = bench(false);
+        bench.disk.file.set_len(512).unwrap();
+        assert_eq!(bench.call(VIRTIO_BLK_T_IN, 0, &[], &[1024]).unwrap().0, 1);
+    }
+}

@@ -1,0 +1,238 @@
+//! virtio-net: one interface of the guest on a tap of the host.
+//!
+//! | file | is |
+//! |---|---|
+//! | `receive.rs` | packets from the tap into the guest's buffers |
+//! | `transmit.rs` | packets of the guest to the tap |
+//! | `tap.rs` | what the tap is told: header size, offloads (`unsafe`) |
+//!
+//! Contract: a packet moves with one system call between tap and guest memory, with its virtio header, which the tap
+//! speaks too; we read nothing of it. Checksums and TCP segmentation are left undone between guest and host where both
+//! can (CSUM, TSO4, TSO6 in both directions; the host's kernel checks the headers that the guest writes). Bounded work
+//! per call: [`receive::PACKETS_PER_EVENT`] packets in, a queue's turn out. A tap that is gone (its namespace was
+//! removed) loses packets and nothing else.
+//! Seam: a filter on source addresses belongs into `transmit.rs`, on a private copy of the packet's head.
+//! Spec: virtio 1.2, 5.1.
+
+mod receive;
+mod tap;
+mod transmit;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::counters::{Counter, Counters};
+use crate::memory::Mem;
+use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, Io};
+
+use receive::{Receiver, Stop};
+
+const VIRTIO_ID_NET: u32 = 1;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// The tap's token.
+const TAP: u32 = 0;
+
+/// `struct virtio_net_hdr_v1`, in front of each packet.
+const HEADER_BYTES: usize = 12;
+/// The largest packet with segmentation left to do: 64 KiB of IP, Ethernet and a VLAN tag.
+const LARGEST_BYTES: usize = (64 << 10) + 18;
+
+const FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_MAC
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_MTU
+    | 1 << VIRTIO_NET_F_STATUS;
+
+/// How many packets went which way.
+#[derive(Debug, Clone)]
+struct Traffic {
+    received: Counter,
+    sent: Counter,
+    /// Packets of the guest that the tap did not take, or that are none.
+    dropped: Counter,
+}
+
+/// Whether the thread is told of packets in the tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Yes,
+    /// Not while the guest has no buffers: its kick brings them.
+    Paused,
+    /// Never again: the tap has lost its interface, and epoll would not stop saying so.
+    Gone,
+}
+
+/// A network interface.
+pub struct Net {
+    name: String,
+    config: ConfigSpace,
+    tap: OwnedFd,
+    mtu: u16,
+    mem: Mem,
+    traffic: Traffic,
+    /// There while the device is active.
+    receiver: Option<Receiver>,
+    watched: Watched,
+    chain: Chain,
+}
+
+impl Net {
+    /// An interface with that MAC address and MTU on `tap`, which is attached, non-blocking, and has `IFF_VNET_HDR`.
+    pub fn new(
+        name: &str,
+        tap: OwnedFd,
+        mac: [u8; 6],
+        mtu: u16,
+        mem: &Mem,
+        counters: &Counters,
+    ) -> Self {
+        let counter = |what: &str| counters.register(format!("{name}.{what}"));
+        Self {
+            name: name.into(),
+            config: ConfigSpace::read_only(config_space(mac, mtu)),
+            tap,
+            mtu,
+            mem: mem.clone(),
+            traffic: Traffic {
+                received: counter("received"),
+                sent: counter("sent"),
+                dropped: counter("dropped"),
+            },
+            receiver: None,
+            watched: Watched::Gone,
+            chain: Chain::new(mem),
+        }
+    }
+
+    /// Moves packets into the guest until the tap is empty, the guest's buffers are, or it is another's turn.
+    fn receive(&mut self, io: &mut Io) -> Result<(), DeviceError> {
+        let (Some(receiver), Some(queue)) = (&mut self.receiver, io.queues.get_mut(RECEIVE)) else {
+            return Ok(());
+        };
+        let wanted = match receiver.run(queue, self.tap.as_fd())? {
+            Stop::TapEmpty | Stop::Turn => Watched::Yes,
+            Stop::NoBuffers => Watched::Paused,
+            Stop::TapGone => Watched::Gone,
+        };
+        self.watch(wanted, io)
+    }
+
+    fn watch(&mut self, wanted: Watched, io: &Io) -> Result<(), DeviceError> {
+        if self.watched == wanted {
+            return Ok(());
+        }
+        self.watched = wanted;
+        let events = match wanted {
+            Watched::Yes => EventSet::IN,
+            Watched::Paused => EventSet::empty(),
+            Watched::Gone => {
+                io.watch.remove(self.tap.as_fd());
+                return Ok(());
+            }
+        };
+        let changed = io.watch.modify(self.tap.as_fd(), TAP, events);
+        changed.map_err(|source| DeviceError::Host {
+            step: "watch the tap",
+            source,
+        })
+    }
+}
+
+/// `struct virtio_net_config`: mac, status, max_virtqueue_pairs, mtu.
+fn config_space(mac: [u8; 6], mtu: u16) -> Vec<u8> {
+    let mut bytes = mac.to_vec();
+    bytes.extend([VIRTIO_NET_S_LINK_UP.to_le_bytes()[0], 0, 1, 0]);
+    bytes.extend(mtu.to_le_bytes());
+    bytes
+}
+
+impl Device for Net {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn id(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn activate(&mut self, io: &mut Io) -> Result<(), DeviceError> {
+        let host = |step| move |source| DeviceError::Host { step, source };
+        let has = |feature: u32| io.features & 1 << feature != 0;
+        tap::set_up(self.tap.as_fd(), tap::offloads(io.features))
+            .map_err(host("set up the tap"))?;
+        let segments = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
+        // Ethernet and a VLAN tag around the MTU; a tap's own MTU may be the larger one.
+        let frame = usize::from(self.mtu).max(1500) + 18;
+        self.receiver = Some(Receiver::new(
+            &self.mem,
+            HEADER_BYTES + if segments { LARGEST_BYTES } else { frame },
+            has(VIRTIO_NET_F_MRG_RXBUF),
+            self.traffic.received.clone(),
+        ));
+        self.watched = Watched::Yes;
+        io.watch
+            .add(self.tap.as_fd(), TAP, EventSet::IN)
+            .map_err(host("watch the tap"))
+    }
+
+    fn process(&mut self, index: usize, io: &mut Io) -> Result<(), DeviceError> {
+        if index == RECEIVE {
+            // Buffers that were not popped yet do not matter as long as packets are awaited.
+            return match self.watched {
+                Watched::Paused => self.receive(io),
+                Watched::Yes | Watched::Gone => Ok(()),
+            };
+        }
+        let Some(queue) = io.queues.get_mut(TRANSMIT) else {
+            return Ok(());
+        };
+        while queue.pop(&mut self.chain)? {
+            let counter = if transmit::send(&self.chain, self.tap.as_fd()) {
+                &self.traffic.sent
+            } else {
+                &self.traffic.dropped
+            };
+            counter.add(1);
+            queue.push(self.chain.head(), 0)?;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, _: u32, events: u32, io: &mut Io) -> Result<(), DeviceError> {
+        if EventSet::from_bits_truncate(events).intersects(EventSet::ERROR | EventSet::HANG_UP) {
+            return self.watch(Watched::Gone, io);
+        }
+        self.receive(io)
+    }
+
+    fn reset(&mut self, io: &mut Io) {
+        io.watch.remove(self.tap.as_fd());
+        self.watched = Watched::Gone;
+        self.receiver = None;
+    }
+}
