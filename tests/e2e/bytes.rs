@@ -1,0 +1,187 @@
+//! Standard streams byte for byte: order, volume, and the end of each direction on its own.
+
+use std::io::{Read, Write};
+use std::process::Stdio;
+use std::time::Duration;
+
+use caisson_tests::{Call, Case};
+
+/// How much goes through a pipe each way, in MiB; `CAISSON_TEST_BULK_MIB` overrides it.
+const BULK_MIB: usize = 1024;
+
+fn bulk_bytes() -> usize {
+    let asked = std::env::var("CAISSON_TEST_BULK_MIB").ok();
+    asked.map_or(BULK_MIB, |text| {
+        text.parse().expect("CAISSON_TEST_BULK_MIB")
+    }) << 20
+}
+
+/// A stream of numbers without a period, cheap to make and to check: a linear congruence per 8 bytes.
+struct Numbers(u64);
+
+impl Numbers {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for chunk in buffer.chunks_exact_mut(8) {
+            self.0 = self
+                .0
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            chunk.copy_from_slice(&self.0.to_le_bytes());
+        }
+    }
+}
+
+fn piped(call: Call) -> Call {
+    call.stdin(Stdio::piped()).stdout(Stdio::piped())
+}
+
+#[test]
+fn a_gibibyte_goes_through_and_comes_back_unchanged() {
+    let case = Case::begin();
+    let bundle = case.bundle().args(["cat"]);
+    let mut running = piped(case.run_call(&bundle, "one"))
+        .limit(Duration::from_secs(600))
+        .start();
+    let (mut stdin, mut stdout) = (running.take_stdin(), running.take_stdout());
+    let total = bulk_bytes();
+    let writer = std::thread::spawn(move || {
+        let (mut numbers, mut buffer) = (Numbers(1), vec![0; 1 << 20]);
+        for _ in 0..total >> 20 {
+            numbers.fill(&mut buffer);
+            stdin.write_all(&buffer).expect("write to the container");
+        }
+    });
+    let (mut numbers, mut expected, mut buffer) = (Numbers(1), vec![0; 1 << 20], vec![0; 1 << 20]);
+    for mib in 0..total >> 20 {
+        numbers.fill(&mut expected);
+        stdout
+            .read_exact(&mut buffer)
+            .unwrap_or_else(|e| panic!("MiB {mib}: {e}"));
+        assert!(buffer == expected, "other bytes came back in MiB {mib}");
+    }
+    assert_eq!(
+        stdout.read(&mut buffer).expect("read"),
+        0,
+        "more came back than went in"
+    );
+    writer.join().expect("join");
+    assert_eq!(running.finish().status, 0);
+}
+
+#[test]
+fn stdout_and_stderr_are_apart_and_binary() {
+    let case = Case::begin();
+    let bundle = case.bundle().script(
+        "i=0; while [ $i -lt 500 ]; do echo out $i; echo err $i >&2; i=$((i+1)); done; printf '\\000\\377\\r\\n'",
+    );
+    let outcome = case.run(&bundle);
+    let numbered = |name: &str| {
+        (0..500)
+            .map(|n| format!("{name} {n}\n"))
+            .collect::<String>()
+    };
+    assert_eq!(outcome.stderr, numbered("err"));
+    assert_eq!(
+        outcome.stdout,
+        [numbered("out").as_bytes(), b"\0\xff\r\n"].concat()
+    );
+}
+
+#[test]
+fn both_streams_into_one_pipe_keep_their_order() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .script("for i in 1 2 3 4 5; do echo out $i; echo err $i >&2; done");
+    let both = std::fs::File::create(case.dir().join("both")).expect("create");
+    let stderr = both.try_clone().expect("dup");
+    let outcome = case
+        .run_call(&bundle, "one")
+        .stdout(both)
+        .stderr(stderr)
+        .finish();
+    assert_eq!(outcome.status, 0);
+    let mut lines: Vec<String> = std::fs::read_to_string(case.dir().join("both"))
+        .expect("read")
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    // Each stream's own order holds; between two streams of a virtual machine there is none.
+    lines.sort_by_key(|line| line.starts_with("err"));
+    let expected = ["out", "err"].map(|name| (1..=5).map(move |n| format!("{name} {n}")));
+    assert_eq!(lines, expected.into_iter().flatten().collect::<Vec<_>>());
+}
+
+#[test]
+fn the_end_of_stdin_reaches_the_program_which_can_still_answer() {
+    let case = Case::begin();
+    let bundle = case.bundle().script("wc -c; echo after the end");
+    let mut running = piped(case.run_call(&bundle, "one")).start();
+    let mut stdin = running.take_stdin();
+    stdin.write_all(&[b'x'; 12345]).expect("write");
+    drop(stdin);
+    let mut answer = String::new();
+    running
+        .take_stdout()
+        .read_to_string(&mut answer)
+        .expect("read");
+    assert_eq!(
+        answer.split_whitespace().collect::<Vec<_>>(),
+        ["12345", "after", "the", "end"]
+    );
+    assert_eq!(running.finish().status, 0);
+}
+
+#[test]
+fn a_program_that_closes_its_stdout_goes_on() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .script("echo first; exec >&-; read line; exit 6");
+    let mut running = piped(case.run_call(&bundle, "one")).start();
+    let mut seen = String::new();
+    running
+        .take_stdout()
+        .read_to_string(&mut seen)
+        .expect("the end of stdout arrives early");
+    assert_eq!(seen, "first\n");
+    running.take_stdin().write_all(b"go\n").expect("write");
+    assert_eq!(running.finish().status, 6);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_seen_by_the_program() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .script("trap '' PIPE; while echo y; do :; done 2>/dev/null; exit 8");
+    let mut running = piped(case.run_call(&bundle, "one")).start();
+    assert_eq!(running.line(), "y");
+    drop(running.take_stdout());
+    assert_eq!(running.finish().status, 8);
+}
+
+#[test]
+fn exec_has_streams_of_its_own() {
+    let case = Case::begin();
+    case.start(&case.bundle().args(["sleep", "1000"]), "one");
+    let call = case.call(["exec", "one", "sh", "-c", "cat; echo error >&2; exit 7"]);
+    let mut running = call.stdin(Stdio::piped()).start();
+    running
+        .take_stdin()
+        .write_all(b"through exec")
+        .expect("write");
+    let outcome = running.finish();
+    assert_eq!((outcome.status, outcome.text()), (7, "through exec"));
+    assert_eq!(outcome.stderr, "error\n");
+    case.delete("one");
+}
+
+#[test]
+fn a_child_that_holds_the_streams_does_not_hold_exec() {
+    let case = Case::begin();
+    case.start(&case.bundle().args(["sleep", "1000"]), "one");
+    let outcome = case.exec("one", "sleep 500 & echo done");
+    assert_eq!((outcome.status, outcome.text()), (0, "done\n"));
+    case.delete("one");
+}

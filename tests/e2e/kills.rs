@@ -1,0 +1,203 @@
+//! `kill -9` at any moment: afterwards `state` tells the truth and `delete --force` leaves nothing.
+//!
+//! A step is hit at evenly spread moments of its own duration, measured before. Who is killed is looked up at that
+//! moment; a moment at which the victim does not exist yet is no hit, and at least one hit per step is demanded.
+
+use std::time::{Duration, Instant};
+
+use caisson_tests::{Bundle, Call, Case, call, case, host};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Moments per step.
+const MOMENTS: u32 = 5;
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Victim {
+    /// The runtime's own process, as the user started it.
+    Caller,
+    /// The process that stays: the monitor (with runc, the container's init).
+    Monitor,
+    /// The virtual machine.
+    Vmm,
+}
+
+impl Victim {
+    /// Its process, if it exists now. Only this case's runtime runs on the machine.
+    fn find(self, caller: Pid) -> Option<Pid> {
+        let named = |name: &str| {
+            case::processes_named(name)
+                .into_iter()
+                .map(|process| process.pid)
+        };
+        let pid = match self {
+            Self::Caller => return Some(caller),
+            Self::Vmm => named("caisson-vmm").next(),
+            Self::Monitor => host::processes()
+                .into_iter()
+                .find(|process| {
+                    process.pid != caller.as_raw_nonzero().get()
+                        && process.name.starts_with("caisson")
+                        && process.name != "caisson-vmm"
+                })
+                .map(|process| process.pid),
+        };
+        pid.and_then(Pid::from_raw)
+    }
+}
+
+/// Whatever happened: the truth, then nothing.
+#[track_caller]
+fn truth_then_nothing(case: &Case, id: &str, context: &str) {
+    let status = case.status(id);
+    let alive = case.exec(id, "echo alive");
+    match status.as_str() {
+        "running" => assert_eq!(alive.text(), "alive\n", "{context}: running, but {alive:?}"),
+        "none" | "stopped" => assert_ne!(alive.status, 0, "{context}: {status}, but exec works"),
+        "created" | "creating" => {}
+        other => panic!("{context}: status {other}"),
+    }
+    case.delete(id);
+    let left = case.leftovers();
+    assert!(
+        left.is_empty(),
+        "{context}: left behind:\n{}",
+        left.join("\n")
+    );
+}
+
+/// Kills `victim` at evenly spread moments of `step`, each time after `before` and followed by the checks.
+fn kill_during(case: &Case, victim: Victim, before: impl Fn(), step: impl Fn() -> Call) {
+    before();
+    let began = Instant::now();
+    step().finish();
+    let duration = began.elapsed();
+    truth_then_nothing(case, "one", "without a kill");
+    let mut hits = 0;
+    for moment in 0..MOMENTS {
+        before();
+        let running = step().start();
+        running.ends_within(duration * moment / MOMENTS);
+        let context = format!("{victim:?} killed at {moment}/{MOMENTS} of {duration:?}");
+        if let Some(pid) = victim.find(running.pid()) {
+            hits += u32::from(kill_process(pid, Signal::KILL).is_ok());
+            call::wait_for_exit(pid, Duration::from_secs(10));
+        }
+        running.finish();
+        truth_then_nothing(case, "one", &context);
+    }
+    assert!(hits > 0, "no {victim:?} was there to be killed");
+}
+
+fn sleeping(case: &Case) -> Bundle {
+    case.bundle().args(["sleep", "1000"])
+}
+
+macro_rules! kill_tests {
+    ($($name:ident: $victim:expr, $reason:literal;)*) => {
+        mod during_create {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || {}, || case.create_call(&bundle, "one"));
+            }
+        )*}
+        mod during_start {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || drop(case.create(&bundle, "one")), || case.call(["start", "one"]));
+            }
+        )*}
+        mod during_run {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = case.bundle().args(["true"]);
+                super::kill_during(&case, $victim, || {}, || case.run_call(&bundle, "one"));
+            }
+        )*}
+        mod during_exec {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["exec", "one", "true"]));
+            }
+        )*}
+        mod during_delete {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["delete", "--force", "one"]));
+            }
+        )*}
+    };
+}
+
+/// A case, if the runtime under test has this victim; an empty reason means that every runtime has it.
+fn case_for(reason: &str) -> Option<Case> {
+    if reason.is_empty() {
+        Some(Case::begin())
+    } else {
+        Case::begin_with_vm(reason)
+    }
+}
+
+kill_tests! {
+    the_monitor_is_killed: super::Victim::Monitor, "runc has no monitor";
+    the_machine_is_killed: super::Victim::Vmm, "runc has no machine";
+    the_caller_is_killed: super::Victim::Caller, "runc leaks a half-made container when create is killed";
+}
+
+#[test]
+fn a_killed_monitor_or_machine_means_stopped() {
+    let Some(case) = Case::begin_with_vm("runc has neither") else {
+        return;
+    };
+    let bundle = sleeping(&case);
+    for victim in [Victim::Monitor, Victim::Vmm] {
+        case.start(&bundle, "one");
+        let pid = if victim == Victim::Vmm {
+            victim.find(case.pid("one"))
+        } else {
+            Some(case.pid("one"))
+        };
+        kill_process(pid.expect("a victim"), Signal::KILL).expect("kill");
+        case.wait("one");
+        assert_eq!(case.status("one"), "stopped", "{victim:?}");
+        assert_eq!(case.state("one").expect("state")["pid"], 0);
+        case.call(["delete", "one"]).succeed();
+        case.nothing_is_left();
+    }
+}
+
+#[test]
+fn a_killed_init_means_stopped() {
+    let case = Case::begin();
+    case.start(&sleeping(&case), "one");
+    kill_process(case.pid("one"), Signal::KILL).expect("kill");
+    case.wait("one");
+    assert_eq!(case.status("one"), "stopped");
+    case.call(["delete", "one"]).succeed();
+}
+
+#[test]
+fn a_machine_that_is_killed_ends_run_with_137() {
+    let Some(case) = Case::begin_with_vm("runc has no machine") else {
+        return;
+    };
+    let bundle = case.bundle().script("echo up; exec sleep 1000");
+    let mut running = case
+        .run_call(&bundle, "one")
+        .stdout(std::process::Stdio::piped())
+        .start();
+    assert_eq!(running.line(), "up");
+    let machine = Victim::Vmm.find(running.pid()).expect("a machine");
+    kill_process(machine, Signal::KILL).expect("kill");
+    let outcome = running.finish();
+    assert_eq!(outcome.status, 137, "{outcome:?}");
+}

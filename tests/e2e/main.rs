@@ -1,0 +1,17 @@
+//! End-to-end tests of the command line: each of these would fail if a promise to users were broken.
+//!
+//! Run on `runc` (`RUNTIME=runc`) they prove themselves; a test that needs a virtual machine says why runc cannot take
+//! it and is skipped there.
+
+#![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
+
+mod bytes;
+mod cycles;
+mod files;
+mod isolation;
+mod kills;
+mod lifecycle;
+mod refusals;
+mod signals;
+mod statuses;
+mod terminals;

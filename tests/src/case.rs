@@ -1,0 +1,299 @@
+//! One test: the host before it, a directory of its own, the runtime under test, and the host after it.
+//!
+//! Cases take turns (one lock): each looks at the whole host. Dropping a case checks that nothing is left of it, and
+//! cleans up if something is, so that one failure does not fail the next test.
+
+use std::cell::Cell;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal};
+use serde_json::Value;
+
+use crate::host::{self, Snapshot};
+use crate::{Bundle, Call, Outcome};
+
+/// Where tests keep their files: on a real file system, because they are about owners, attributes and handles.
+const SCRATCH: &str = "/scratch";
+
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A test in its turn.
+pub struct Case {
+    dir: PathBuf,
+    before: Snapshot,
+    calls: Cell<u32>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The name of the runtime under test.
+pub fn runtime() -> String {
+    std::env::var("RUNTIME").unwrap_or_else(|_| "caisson".to_owned())
+}
+
+impl Case {
+    /// Waits for its turn and looks at the host.
+    pub fn begin() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = std::thread::current()
+            .name()
+            .unwrap_or("test")
+            .replace("::", "-");
+        let base = if Path::new(SCRATCH).exists() {
+            SCRATCH.into()
+        } else {
+            std::env::temp_dir()
+        };
+        let dir = base.join(format!("caisson-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).expect("scratch directory");
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("permissions");
+        fs::write(dir.join("config.toml"), configuration()).expect("config.toml");
+        Self {
+            dir,
+            before: Snapshot::take(),
+            calls: Cell::new(0),
+            _turn: turn,
+        }
+    }
+
+    /// A case for a test that runc cannot take, or `None` on runc, with the reason in the test's output.
+    pub fn begin_with_vm(reason: &str) -> Option<Self> {
+        if runtime() == "caisson" {
+            return Some(Self::begin());
+        }
+        println!("skipped on {}: {reason}", runtime());
+        None
+    }
+
+    /// This test's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The runtime's `--root`.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    /// A busybox bundle in the directory `bundle`.
+    pub fn bundle(&self) -> Bundle {
+        self.bundle_in("bundle")
+    }
+
+    /// A busybox bundle in another directory.
+    pub fn bundle_in(&self, name: &str) -> Bundle {
+        Bundle::busybox(&self.dir.join(name), &self.default_spec())
+    }
+
+    /// A bundle with this host's Debian system.
+    pub fn debian(&self) -> Bundle {
+        Bundle::debian(&self.dir.join("debian"), &self.default_spec())
+    }
+
+    /// What `spec` writes.
+    fn default_spec(&self) -> String {
+        let dir = self.dir.join("spec");
+        if !dir.exists() {
+            fs::create_dir(&dir).expect("directory");
+            self.call(["spec", "-b"]).args([&dir]).succeed();
+        }
+        fs::read_to_string(dir.join("config.json")).expect("spec wrote no config.json")
+    }
+
+    /// A call of the runtime with this case's state directory.
+    pub fn call<const N: usize>(&self, args: [&str; N]) -> Call {
+        let root = self.root();
+        self.program(&runtime())
+            .args([Path::new("--root"), &root])
+            .args(args)
+    }
+
+    /// A call of any program.
+    pub fn program(&self, program: &str) -> Call {
+        let number = self.calls.get();
+        self.calls.set(number + 1);
+        Call::new(program, &self.dir.join(format!("call-{number}")))
+            .env("CAISSON_CONFIG", self.dir.join("config.toml"))
+    }
+
+    /// `run` of a bundle in the foreground.
+    pub fn run(&self, bundle: &Bundle) -> Outcome {
+        self.run_call(bundle, "run").finish()
+    }
+
+    /// `run` of a bundle in the foreground, to be changed or started.
+    pub fn run_call(&self, bundle: &Bundle, id: &str) -> Call {
+        self.call(["run", "-b"]).args([bundle.dir()]).args([id])
+    }
+
+    /// `create`; the outcome is the call's, not the container's.
+    pub fn create(&self, bundle: &Bundle, id: &str) -> Outcome {
+        self.create_call(bundle, id).succeed()
+    }
+
+    /// `create`, to be changed or started.
+    pub fn create_call(&self, bundle: &Bundle, id: &str) -> Call {
+        let pid_file = self.pid_file(id);
+        self.call(["create", "-b"])
+            .args([bundle.dir()])
+            .args(["--pid-file".as_ref(), pid_file.as_os_str()])
+            .args([id])
+    }
+
+    /// `create` of a container with a terminal, whose master goes to the console socket at `path`.
+    pub fn create_with_console(&self, bundle: &Bundle, id: &str, path: &Path) {
+        let pid_file = self.pid_file(id);
+        self.call(["create", "-b"])
+            .args([bundle.dir()])
+            .args(["--pid-file".as_ref(), pid_file.as_os_str()])
+            .args(["--console-socket".as_ref(), path.as_os_str()])
+            .args([id])
+            .succeed();
+    }
+
+    /// Where [`Self::create`] has the pid written.
+    pub fn pid_file(&self, id: &str) -> PathBuf {
+        self.dir.join(format!("{id}.pid"))
+    }
+
+    /// The pid in the pid file.
+    pub fn pid(&self, id: &str) -> Pid {
+        let text = fs::read_to_string(self.pid_file(id)).expect("pid file");
+        text.trim()
+            .parse()
+            .ok()
+            .and_then(Pid::from_raw)
+            .expect("a pid in the pid file")
+    }
+
+    /// `create` and `start`.
+    pub fn start(&self, bundle: &Bundle, id: &str) {
+        self.create(bundle, id);
+        self.call(["start", id]).succeed();
+    }
+
+    /// `exec` of a shell script.
+    pub fn exec(&self, id: &str, script: &str) -> Outcome {
+        self.call(["exec", id, "/bin/sh", "-c", script]).finish()
+    }
+
+    /// What `state` says, or `None` if there is no such container.
+    pub fn state(&self, id: &str) -> Option<Value> {
+        let outcome = self.call(["state", id]).finish();
+        (outcome.status == 0)
+            .then(|| serde_json::from_slice(&outcome.stdout).expect("state is JSON"))
+    }
+
+    /// The `status` in [`Self::state`]; `none` if there is no such container.
+    pub fn status(&self, id: &str) -> String {
+        let state = self.state(id);
+        state.map_or("none".into(), |state| {
+            state["status"].as_str().expect("status").to_owned()
+        })
+    }
+
+    /// Waits until the process in the pid file has ended.
+    #[track_caller]
+    pub fn wait(&self, id: &str) {
+        let ended = crate::call::wait_for_exit(self.pid(id), Duration::from_secs(60));
+        assert!(ended, "container {id} did not end");
+    }
+
+    /// `delete --force`.
+    #[track_caller]
+    pub fn delete(&self, id: &str) {
+        self.call(["delete", "--force", id]).succeed();
+    }
+
+    /// What differs on the host from when the case began; the state directory must be empty too.
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut found = Snapshot::take().changes_since(&self.before);
+        for entry in fs::read_dir(self.root()).into_iter().flatten().flatten() {
+            found.push(format!("+ state {}", entry.path().display()));
+        }
+        found
+    }
+
+    /// Fails the test if the host differs from when the case began.
+    #[track_caller]
+    pub fn nothing_is_left(&self) {
+        let left = self.leftovers();
+        assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+    }
+
+    /// Ends what a failed test left running.
+    fn clean_up(&self, left: &[String]) {
+        for entry in fs::read_dir(self.root()).into_iter().flatten().flatten() {
+            let id = entry.file_name().to_string_lossy().into_owned();
+            self.call(["delete", "--force", &id]).finish();
+        }
+        for line in left {
+            let words: Vec<&str> = line.split(' ').collect();
+            match words.as_slice() {
+                ["+", "process", pid, ..] => {
+                    if let Some(pid) = pid.parse().ok().and_then(Pid::from_raw) {
+                        let _ = rustix::process::kill_process(pid, Signal::KILL);
+                        crate::call::wait_for_exit(pid, Duration::from_secs(10));
+                    }
+                }
+                ["+", "mount", _, point, ..] => {
+                    let _ = Command::new("umount").args(["-l", point]).status();
+                }
+                _ => {}
+            }
+        }
+        let cgroups = left
+            .iter()
+            .rev()
+            .filter_map(|line| line.strip_prefix("+ cgroup "));
+        cgroups.for_each(|path| drop(fs::remove_dir(path)));
+    }
+}
+
+impl Drop for Case {
+    fn drop(&mut self) {
+        let left = self.leftovers();
+        if !left.is_empty() {
+            self.clean_up(&left);
+        }
+        let removed = fs::remove_dir_all(&self.dir);
+        if !std::thread::panicking() {
+            assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+            removed.expect("remove the test's directory");
+        }
+    }
+}
+
+/// Processes on the host with this name.
+pub fn processes_named(name: &str) -> Vec<host::Process> {
+    host::processes()
+        .into_iter()
+        .filter(|process| process.name == name)
+        .collect()
+}
+
+/// caisson's configuration for the tests: the files of this build.
+fn configuration() -> String {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("/"));
+    let guest =
+        std::env::var_os("CAISSON_GUEST").map_or(repository.join("target/guest"), PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let vmm = std::env::split_paths(&path)
+        .map(|dir| dir.join("caisson-vmm"))
+        .find(|file| file.exists());
+    // The lab's emulated processor contradicts itself about XSAVE when it is nested.
+    let in_lab = std::env::var_os("CAISSON_LAB").is_some();
+    format!(
+        "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nkernel_params = {:?}\n",
+        guest.join("vmlinux"),
+        guest.join("initramfs.cpio"),
+        vmm.unwrap_or_else(|| "/usr/lib/caisson/caisson-vmm".into()),
+        if in_lab { "noxsave" } else { "" },
+    )
+}
