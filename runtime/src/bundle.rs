@@ -4,7 +4,7 @@
 //! for; whatever it cannot do is refused by name. Nothing is written and nothing is left open.
 //! Unknown properties are ignored, as the specification demands.
 //! Not here: what the guest does with the specification (the agent refuses its own part), sizes (`sizing.rs`).
-//! Spec: OCI runtime specification 1.0 to 1.2.
+//! Spec: OCI runtime specification 1.0 to 1.3.
 
 use std::{
     fs, io,
@@ -16,6 +16,9 @@ use oci_spec::runtime::Spec;
 pub use vm::VmSection;
 
 use crate::config::Config;
+
+/// The newest version of the OCI runtime specification that this runtime knows.
+pub const OCI_VERSION: &str = "1.3.0";
 
 mod rules;
 mod vm;
@@ -139,14 +142,18 @@ impl Bundle {
             .process()
             .as_ref()
             .and_then(|process| process.terminal());
-        rules::terminal(terminal.unwrap_or(false), caller)
-            .map_err(|text| BundleError::Invalid(text.into()))
+        check_terminal(terminal.unwrap_or(false), caller)
     }
+}
+
+/// Checks that caller and process agree on the terminal, in runc's words.
+pub fn check_terminal(terminal: bool, caller: Caller) -> Result<(), BundleError> {
+    rules::terminal(terminal, caller).map_err(|text| BundleError::Invalid(text.into()))
 }
 
 fn rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
     let Some(root) = spec.root() else {
-        return Err(BundleError::Invalid("root must be set".into()));
+        return Err(BundleError::Invalid("root must be specified".into()));
     };
     let path = bundle.join(root.path());
     match fs::metadata(&path) {
@@ -156,4 +163,109 @@ fn rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
     }
     path.canonicalize()
         .map_err(|source| BundleError::NoRootfs { path, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const GOOD: &str = r#"{"ociVersion":"1.0.2","process":{"user":{},"args":["sh"],"cwd":"/"},
+        "root":{"path":"rootfs"},"linux":{"namespaces":[{"type":"network"}]}}"#;
+
+    fn load(dir: &Path) -> Result<Bundle, String> {
+        Bundle::load(dir, &Config::default()).map_err(|error| crate::error::message(&error))
+    }
+
+    /// A bundle with this `config.json`.
+    fn bundle(config: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        fs::create_dir(dir.path().join("rootfs")).unwrap();
+        dir
+    }
+
+    #[test]
+    fn paths_are_absolute_and_free_of_links() {
+        let dir = bundle(GOOD);
+        let link = dir.path().join("link");
+        symlink(dir.path(), &link).unwrap();
+        let bundle = load(&link).unwrap();
+        assert_eq!(bundle.path, dir.path().canonicalize().unwrap());
+        assert_eq!(bundle.rootfs, bundle.path.join("rootfs"));
+        assert_eq!(bundle.vm, None);
+    }
+
+    #[test]
+    fn a_missing_bundle_or_config_is_named() {
+        let text = load(Path::new("/nonexistent/bundle")).unwrap_err();
+        assert_eq!(
+            text,
+            "bundle /nonexistent/bundle: No such file or directory (os error 2)"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let text = load(dir.path()).unwrap_err();
+        assert_eq!(text, "JSON specification file config.json not found");
+    }
+
+    #[test]
+    fn broken_json_is_reported_with_its_position() {
+        let text = load(bundle("{\"ociVersion\": \"1.0.2\", }").path()).unwrap_err();
+        assert!(
+            text.ends_with("/config.json: trailing comma at line 1 column 25"),
+            "{text}"
+        );
+        let text = load(bundle("").path()).unwrap_err();
+        assert!(text.ends_with("line 1 column 0"), "{text}");
+        let text = load(bundle("{\"ociVersion\": 5}").path()).unwrap_err();
+        assert!(
+            text.contains("invalid type: integer `5`, expected a string at line 1"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_root_file_system_must_be_a_directory() {
+        let dir = bundle(&GOOD.replace("\"rootfs\"", "\"nope\""));
+        let text = load(dir.path()).unwrap_err();
+        assert!(
+            text.starts_with("invalid rootfs: stat /") && text.contains("/nope: No such"),
+            "{text}"
+        );
+        let dir = bundle(&GOOD.replace("\"rootfs\"", "\"config.json\""));
+        let text = load(dir.path()).unwrap_err();
+        assert!(text.ends_with("/config.json is not a directory"), "{text}");
+        let dir = bundle(&GOOD.replace("\"root\":", "\"toor\":"));
+        assert_eq!(load(dir.path()).unwrap_err(), "root must be specified");
+    }
+
+    #[test]
+    fn an_absolute_root_may_lie_outside_the_bundle() {
+        let outside = tempfile::tempdir().unwrap();
+        let root = outside.path().canonicalize().unwrap();
+        let dir = bundle(&GOOD.replace("\"rootfs\"", &format!("{root:?}")));
+        assert_eq!(load(dir.path()).unwrap().rootfs, root);
+    }
+
+    #[test]
+    fn console_sockets_and_terminals_must_agree() {
+        let dir = bundle(&GOOD.replace("\"args\"", "\"terminal\":true,\"args\""));
+        let bundle = load(dir.path()).unwrap();
+        let caller = Caller {
+            detach: true,
+            console_socket: false,
+        };
+        let error = bundle.check_terminal(caller).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "cannot allocate tty if caisson will detach without setting console socket"
+        );
+        bundle
+            .check_terminal(Caller {
+                console_socket: true,
+                ..caller
+            })
+            .unwrap();
+    }
 }

@@ -1,22 +1,80 @@
 //! The cgroup on the host that holds a sandbox's monitor and VMM.
 //!
-//! Contract: made below the cgroup v2 mount at the place that `linux.cgroupsPath` names, limited to the container's
-//! limits plus a stated overhead, joined by the monitor before it starts the VMM (which inherits it), removed by
-//! `delete`. Dropping a made cgroup removes it until [`HostCgroup::keep`].
-//! Not here: the container's own limits, which hold in the guest.
+//! Contract: made below the cgroup v2 mount at the place that `linux.cgroupsPath` names (without one: beside the
+//! caller's own cgroup, under the container's ID, as runc does), limited by `limits.rs`, joined by the monitor before
+//! it starts the VMM, which inherits it, and removed by `delete` with whatever process is left in it. Dropping a made
+//! cgroup removes it again until [`HostCgroup::keep`].
+//! A populated cgroup is never taken over: what is in it belongs to somebody else.
+//! Not here: the container's own limits, which hold in the guest; cgroup v1 and systemd (refused).
+//! Spec: Linux, Documentation/admin-guide/cgroup-v2.rst; runc 1.1, libcontainer/cgroups/fs2.
 
 use std::{
-    io,
-    path::{Path, PathBuf},
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Component, Path, PathBuf},
+    time::Duration,
 };
 
 use oci_spec::runtime::Spec;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::{Errno, retry_on_intr},
+};
 
-use crate::state::ContainerId;
+use crate::{sizing::VmSize, state::ContainerId};
+
+mod limits;
+
+pub use limits::HOST_OVERHEAD;
+
+/// Where the one hierarchy of cgroup v2 is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Controllers that are handed down to a sandbox's cgroup, where the host has them.
+const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
+
+/// How long killed processes may take to leave a cgroup.
+const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why the host's cgroup cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
+    /// The host still has the first version.
+    #[error(
+        "{ROOT} is not a cgroup v2 mount: boot this host with systemd.unified_cgroup_hierarchy=1"
+    )]
+    NotV2,
+    /// systemd was asked for.
+    #[error("--systemd-cgroup is not supported: use a cgroupsPath below {ROOT}")]
+    Systemd,
+    /// A path that would leave the hierarchy, or means systemd.
+    #[error("linux.cgroupsPath {path:?} is not a path below {ROOT}")]
+    Path {
+        /// As given.
+        path: PathBuf,
+    },
+    /// Somebody else's processes are in it.
+    #[error("cgroup {path} is not empty: it belongs to somebody else", path = path.display())]
+    Populated {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// Killed processes did not go.
+    #[error("cgroup {path} still has processes {seconds} s after they were killed", path = path.display(), seconds = LEAVE_LIMIT.as_secs())]
+    Stuck {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// A limit is refused by the kernel.
+    #[error("write {value:?} to {path}", path = path.display())]
+    Limit {
+        /// The file.
+        path: PathBuf,
+        /// What was written.
+        value: String,
+        /// Why it failed.
+        source: io::Error,
+    },
     /// A file or directory operation failed.
     #[error("{step} {path}", path = path.display())]
     Io {
@@ -29,24 +87,59 @@ pub enum CgroupError {
     },
 }
 
-/// A cgroup of one sandbox.
+impl CgroupError {
+    /// Whether the caller lacks the rights, which `--rootless` forgives.
+    pub fn is_permission(&self) -> bool {
+        use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+        let (Self::Io { source, .. } | Self::Limit { source, .. }) = self else {
+            return false;
+        };
+        matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem)
+    }
+}
+
+/// The cgroup of one sandbox.
 #[derive(Debug)]
 pub struct HostCgroup {
     path: PathBuf,
+    /// Directories that making it made, outermost first; removed on drop.
+    made: Vec<PathBuf>,
 }
 
 impl HostCgroup {
-    /// Makes the cgroup for a container, with its limits.
-    pub fn make(spec: &Spec, id: &ContainerId, systemd: bool) -> Result<Self, CgroupError> {
-        let _ = (spec, systemd);
-        Ok(Self {
-            path: Path::new("/sys/fs/cgroup").join(id.as_str()),
-        })
+    /// Makes the cgroup for a container and limits it to the container's limits plus the cost of its virtual machine.
+    pub fn make(
+        spec: &Spec,
+        id: &ContainerId,
+        size: VmSize,
+        systemd: bool,
+    ) -> Result<Self, CgroupError> {
+        if systemd {
+            return Err(CgroupError::Systemd);
+        }
+        if !is_v2(Path::new(ROOT)) {
+            return Err(CgroupError::NotV2);
+        }
+        let asked = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.cgroups_path().as_deref());
+        let relative = match asked.filter(|path| !path.as_os_str().is_empty()) {
+            Some(path) if path.is_absolute() => below(path)?,
+            Some(path) => beside_own()?.join(below(path)?),
+            None => beside_own()?.join(id.as_str()),
+        };
+        let cgroup = Self::make_below(Path::new(ROOT), &relative)?;
+        cgroup.limit(&limits::of(spec, size))?;
+        Ok(cgroup)
     }
 
     /// Names the cgroup of an existing container, as its state file has it.
-    pub fn at(path: PathBuf) -> Self {
-        Self { path }
+    pub const fn at(path: PathBuf) -> Self {
+        Self {
+            path,
+            made: Vec::new(),
+        }
     }
 
     /// Its directory.
@@ -56,16 +149,310 @@ impl HostCgroup {
 
     /// Moves the calling process into it.
     pub fn join(&self) -> Result<(), CgroupError> {
-        Ok(())
+        self.write("cgroup.procs", "0")
+            .map_err(|source| self.failed("join", source))
     }
 
-    /// It stays when the value is dropped.
-    pub fn keep(self) -> PathBuf {
-        self.path
+    /// It stays when the value is dropped. Returns its directory.
+    #[must_use]
+    pub fn keep(mut self) -> PathBuf {
+        self.made.clear();
+        std::mem::take(&mut self.path)
     }
 
-    /// Kills what is left in it and removes it. Already gone: fine.
+    /// Kills what is left in it and removes it. Already gone: fine. Waits until the killed processes have left.
     pub fn remove(self) -> Result<(), CgroupError> {
+        if !self.path.exists() {
+            return Ok(());
+        }
+        match self.write("cgroup.kill", "1") {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(self.failed("kill the processes of", source)),
+        }
+        self.wait_until_empty()?;
+        remove_tree(&self.path).map_err(|source| self.failed("remove", source))
+    }
+
+    fn make_below(root: &Path, relative: &Path) -> Result<Self, CgroupError> {
+        let mut cgroup = Self {
+            path: root.to_owned(),
+            made: Vec::new(),
+        };
+        for part in relative.components() {
+            // Handing down is best effort: a controller that a limit needs and that is not there fails with the limit.
+            hand_down(&cgroup.path);
+            cgroup.path.push(part);
+            match fs::DirBuilder::new().mode(0o755).create(&cgroup.path) {
+                Ok(()) => cgroup.made.push(cgroup.path.clone()),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(cgroup.failed("make", source)),
+            }
+        }
+        let existed = cgroup.made.last() != Some(&cgroup.path);
+        if existed && cgroup.is_populated()? {
+            return Err(CgroupError::Populated {
+                path: cgroup.path.clone(),
+            });
+        }
+        Ok(cgroup)
+    }
+
+    fn limit(&self, limits: &[limits::Limit]) -> Result<(), CgroupError> {
+        for limit in limits {
+            self.write(limit.file, &limit.value)
+                .map_err(|source| CgroupError::Limit {
+                    path: self.path.join(limit.file),
+                    value: limit.value.clone(),
+                    source,
+                })?;
+        }
         Ok(())
+    }
+
+    fn is_populated(&self) -> Result<bool, CgroupError> {
+        fs::read_to_string(self.path.join("cgroup.events"))
+            .map(|events| populated(&events))
+            .map_err(|source| self.failed("examine", source))
+    }
+
+    /// The kernel announces a change of `cgroup.events` as a priority event on the open file.
+    fn wait_until_empty(&self) -> Result<(), CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let events = match fs::File::open(&path) {
+            Ok(events) => events,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(self.failed("watch", source)),
+        };
+        let timeout = Timespec {
+            tv_sec: i64::try_from(LEAVE_LIMIT.as_secs()).unwrap_or(10),
+            tv_nsec: 0,
+        };
+        loop {
+            let text = io::read_to_string(rewound(&events).map_err(|e| self.failed("watch", e))?)
+                .map_err(|source| self.failed("watch", source))?;
+            if !populated(&text) {
+                return Ok(());
+            }
+            let mut watched = [PollFd::new(&events, PollFlags::PRI)];
+            let changes = retry_on_intr(|| poll(&mut watched, Some(&timeout)))
+                .map_err(|errno| self.failed("watch", errno.into()))?;
+            if changes == 0 {
+                return Err(CgroupError::Stuck {
+                    path: self.path.clone(),
+                });
+            }
+        }
+    }
+
+    fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        use io::Write;
+        // Not `fs::write`: a cgroup's files are neither made nor truncated.
+        fs::OpenOptions::new()
+            .write(true)
+            .open(self.path.join(file))?
+            .write_all(value.as_bytes())
+    }
+
+    fn failed(&self, step: &'static str, source: io::Error) -> CgroupError {
+        CgroupError::Io {
+            step,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+impl Drop for HostCgroup {
+    fn drop(&mut self) {
+        // The error that led here is the one to report; a parent that others use meanwhile stays.
+        for path in self.made.iter().rev() {
+            drop(fs::remove_dir(path));
+        }
+    }
+}
+
+fn rewound(mut file: &fs::File) -> io::Result<&fs::File> {
+    use io::Seek;
+    file.rewind()?;
+    Ok(file)
+}
+
+fn is_v2(root: &Path) -> bool {
+    const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+    rustix::fs::statfs(root).is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(CGROUP2_SUPER_MAGIC))
+}
+
+/// A path below the root of the hierarchy: no `..`, not the root itself, nothing in systemd's notation.
+fn below(path: &Path) -> Result<PathBuf, CgroupError> {
+    let refused = || CgroupError::Path {
+        path: path.to_owned(),
+    };
+    let mut clean = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => clean.push(part),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return Err(refused()),
+        }
+    }
+    let systemd = path
+        .to_str()
+        .is_some_and(|text| text.matches(':').count() == 2);
+    if clean.as_os_str().is_empty() || systemd {
+        Err(refused())
+    } else {
+        Ok(clean)
+    }
+}
+
+/// The parent of the caller's own cgroup, relative to the root: processes may not live in an inner cgroup that hands
+/// controllers down, so a new one goes beside the caller's, not below it.
+fn beside_own() -> Result<PathBuf, CgroupError> {
+    let file = Path::new("/proc/self/cgroup");
+    let text = fs::read_to_string(file).map_err(|source| CgroupError::Io {
+        step: "read",
+        path: file.to_owned(),
+        source,
+    })?;
+    Ok(parent_of_own(&text))
+}
+
+fn parent_of_own(proc_self_cgroup: &str) -> PathBuf {
+    let own = proc_self_cgroup
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"));
+    own.map(Path::new)
+        .and_then(Path::parent)
+        .map(Path::to_owned)
+        .unwrap_or_default()
+}
+
+fn populated(events: &str) -> bool {
+    events.lines().any(|line| line == "populated 1")
+}
+
+fn hand_down(path: &Path) {
+    let file = path.join("cgroup.subtree_control");
+    let Ok(has) = fs::read_to_string(path.join("cgroup.controllers")) else {
+        return;
+    };
+    let down = fs::read_to_string(&file).unwrap_or_default();
+    for controller in missing(&has, &down) {
+        drop(fs::write(&file, format!("+{controller}")));
+    }
+}
+
+/// Controllers that a cgroup has and does not hand down yet.
+fn missing<'a>(has: &'a str, down: &'a str) -> impl Iterator<Item = &'static str> + 'a {
+    CONTROLLERS.into_iter().filter(|name| {
+        has.split_whitespace().any(|word| word == *name)
+            && !down.split_whitespace().any(|word| word == *name)
+    })
+}
+
+/// Removes a cgroup and those below it. Their files go with them.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let listing = match fs::read_dir(path) {
+        Ok(listing) => listing,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in listing {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match rustix::fs::rmdir(path) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_paths_stay_below_the_root() {
+        for (path, wanted) in [
+            ("/a/b", "a/b"),
+            ("a", "a"),
+            ("//a/./b/", "a/b"),
+            ("/x:y", "x:y"),
+        ] {
+            assert_eq!(below(Path::new(path)).unwrap(), Path::new(wanted));
+        }
+        for path in ["/", ".", "/..", "/a/../b", "../a", "system.slice:runc:c1"] {
+            assert!(
+                matches!(below(Path::new(path)), Err(CgroupError::Path { .. })),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_default_place_is_beside_the_callers_own() {
+        assert_eq!(
+            parent_of_own("0::/user.slice/session-1.scope\n"),
+            Path::new("user.slice")
+        );
+        assert_eq!(parent_of_own("0::/init\n"), Path::new(""));
+        assert_eq!(parent_of_own("0::/\n"), Path::new(""));
+        assert_eq!(parent_of_own("12:pids:/a/b\n0::/u/v/w\n"), Path::new("u/v"));
+        assert_eq!(parent_of_own(""), Path::new(""));
+    }
+
+    #[test]
+    fn only_what_is_there_and_missing_is_handed_down() {
+        let all: Vec<_> = missing("cpuset cpu io memory hugetlb pids\n", "memory\n").collect();
+        assert_eq!(all, ["cpu", "cpuset", "io", "pids"]);
+        assert_eq!(missing("", "").count(), 0);
+    }
+
+    #[test]
+    fn making_and_dropping_leaves_what_was_there_before() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("slice")).unwrap();
+        let cgroup = HostCgroup::make_below(root.path(), Path::new("slice/pod/c1")).unwrap();
+        assert_eq!(cgroup.path(), root.path().join("slice/pod/c1"));
+        assert!(cgroup.path().is_dir());
+        drop(cgroup);
+        assert!(root.path().join("slice").is_dir() && !root.path().join("slice/pod").exists());
+        let kept = HostCgroup::make_below(root.path(), Path::new("slice/pod"))
+            .unwrap()
+            .keep();
+        assert!(kept.is_dir());
+    }
+
+    #[test]
+    fn a_populated_cgroup_is_not_taken_over_and_not_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let taken = root.path().join("c1");
+        fs::create_dir(&taken).unwrap();
+        fs::write(taken.join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+        let error = HostCgroup::make_below(root.path(), Path::new("c1")).unwrap_err();
+        assert!(matches!(error, CgroupError::Populated { .. }));
+        assert!(taken.exists());
+        fs::write(taken.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
+        HostCgroup::make_below(root.path(), Path::new("c1")).unwrap();
+    }
+
+    #[test]
+    fn a_limit_that_cannot_be_written_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = HostCgroup::make_below(root.path(), Path::new("c1")).unwrap();
+        let limit = limits::Limit {
+            file: "memory.max",
+            value: "5".into(),
+        };
+        let error = cgroup.limit(&[limit]).unwrap_err();
+        let wanted = format!(
+            "write \"5\" to {}",
+            cgroup.path().join("memory.max").display()
+        );
+        assert_eq!(error.to_string(), wanted);
+        assert!(!error.is_permission());
     }
 }

@@ -375,7 +375,7 @@ impl StateDir {
             .unwrap_or_default();
         let made = fs::metadata(&self.path).and_then(|meta| meta.modified());
         Ok(State {
-            oci_version: oci_spec::runtime::VERSION.to_owned(),
+            oci_version: crate::bundle::OCI_VERSION.to_owned(),
             id: ContainerId::parse(name)?,
             pid: 0,
             status: Status::Creating,

@@ -1,33 +1,534 @@
 //! What a specification must say, may say and must not say to this runtime: pure functions of its values.
 //!
-//! Contract: the first rule that is broken is reported, with the property's path in `config.json`.
+//! Contract: the first rule that is broken is reported, with the property's path in `config.json` or in runc's words
+//! where runc has the rule too.
+//! Not here: what the guest's agent can and cannot do (its own plan refuses that).
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
-use super::{BundleError, Caller, VmSection};
+use super::{BundleError, Caller, OCI_VERSION, VmSection};
 use crate::config::Config;
 
+/// All rules, in the order in which a person would read the file.
 pub(super) fn check(
-    _spec: &Spec,
-    _vm: Option<&VmSection>,
-    _config: &Config,
+    spec: &Spec,
+    vm: Option<&VmSection>,
+    config: &Config,
 ) -> Result<(), BundleError> {
-    Ok(())
+    version(spec.version())?;
+    process(spec.process().as_ref())?;
+    mounts(spec)?;
+    hooks(spec)?;
+    linux(spec)?;
+    vm.map_or(Ok(()), |vm| section_vm(vm, config))
 }
 
-pub(super) fn warnings(_spec: &Spec) -> Vec<String> {
-    Vec::new()
+/// What is asked for, cannot be done in a virtual machine, and does no harm undone.
+pub(super) fn warnings(spec: &Spec) -> Vec<String> {
+    let label = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.selinux_label().as_ref());
+    let mount_label = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.mount_label().as_ref());
+    [
+        ("process.selinuxLabel", label),
+        ("linux.mountLabel", mount_label),
+    ]
+    .into_iter()
+    .filter(|(_, label)| label.is_some_and(|label| !label.is_empty()))
+    .map(|(field, _)| format!("{field} is not applied: the guest kernel has no SELinux"))
+    .collect()
 }
 
 /// runc 1.1, `utils_linux.go`, `checkTerminal`.
 pub(super) fn terminal(terminal: bool, caller: Caller) -> Result<(), &'static str> {
     match (terminal, caller.detach, caller.console_socket) {
         (true, true, false) => {
-            Err("cannot allocate tty if runc will detach without setting console socket")
+            Err("cannot allocate tty if caisson will detach without setting console socket")
         }
-        (_, false, true) | (false, true, true) => {
-            Err("cannot use console socket if runc will not detach or allocate tty")
+        (_, false, true) | (false, _, true) => {
+            Err("cannot use console socket if caisson will not detach or allocate tty")
         }
         _ => Ok(()),
+    }
+}
+
+fn invalid(text: impl Into<String>) -> BundleError {
+    BundleError::Invalid(text.into())
+}
+
+fn unsupported(field: impl Into<String>, reason: &'static str) -> BundleError {
+    BundleError::Unsupported {
+        field: field.into(),
+        reason,
+    }
+}
+
+/// SemVer: this runtime knows every 1.x up to its own; a later minor version may ask for what it does not know.
+fn version(text: &str) -> Result<(), BundleError> {
+    if text.is_empty() {
+        return Err(invalid("ociVersion must be set"));
+    }
+    let known = minor(OCI_VERSION);
+    match minor(text) {
+        None => Err(invalid(format!(
+            "ociVersion {text:?} is not a version of the form 1.x.y"
+        ))),
+        Some(asked) if Some(asked) > known => Err(invalid(format!(
+            "ociVersion {text:?} is not supported: caisson knows 1.0.0 to {OCI_VERSION}"
+        ))),
+        Some(_) => Ok(()),
+    }
+}
+
+/// The minor version of a SemVer version whose major version is 1.
+fn minor(text: &str) -> Option<u32> {
+    // Pre-release and build parts do not matter here: 1.0.2-dev, 1.1.0+dev.
+    let core = text.split(['-', '+']).next()?;
+    let mut numbers = core.split('.').map(|part| part.parse::<u32>().ok());
+    let (major, minor, patch) = (numbers.next()??, numbers.next()??, numbers.next()?);
+    (major == 1 && patch.is_some() && numbers.next().is_none()).then_some(minor)
+}
+
+fn process(process: Option<&Process>) -> Result<(), BundleError> {
+    let Some(process) = process else {
+        return Err(invalid("process property must not be empty"));
+    };
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(invalid("args must not be empty"));
+    }
+    if process.cwd().as_os_str().is_empty() {
+        return Err(invalid("Cwd property must not be empty"));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(invalid("Cwd must be an absolute path"));
+    }
+    if process.exec_cpu_affinity().is_some() {
+        return Err(unsupported(
+            "process.execCPUAffinity",
+            "host CPUs are not visible in a guest",
+        ));
+    }
+    Ok(())
+}
+
+fn mounts(spec: &Spec) -> Result<(), BundleError> {
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        if mount.destination().as_os_str().is_empty() {
+            return Err(invalid(format!(
+                "mounts[{index}].destination must not be empty"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn hooks(spec: &Spec) -> Result<(), BundleError> {
+    for (list, hooks) in spec.hooks().iter().flat_map(crate::hooks::lists) {
+        for (index, hook) in hooks.iter().enumerate() {
+            if !hook.path().is_absolute() {
+                return Err(invalid(format!(
+                    "hooks.{list}[{index}].path must be an absolute path"
+                )));
+            }
+            if hook.timeout().is_some_and(|seconds| seconds <= 0) {
+                return Err(invalid(format!(
+                    "hooks.{list}[{index}].timeout must be greater than 0"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn linux(spec: &Spec) -> Result<(), BundleError> {
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| invalid("linux must be set"))?;
+    namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+    unsupported_parts(linux)
+}
+
+fn namespaces(all: &[LinuxNamespace]) -> Result<(), BundleError> {
+    for (index, namespace) in all.iter().enumerate() {
+        let kind = name(namespace.typ());
+        if all
+            .iter()
+            .take(index)
+            .any(|earlier| earlier.typ() == namespace.typ())
+        {
+            return Err(invalid(format!(
+                "malformed spec file: duplicated ns {kind:?}"
+            )));
+        }
+        let path = namespace
+            .path()
+            .as_ref()
+            .filter(|path| !path.as_os_str().is_empty());
+        if path.is_some() && namespace.typ() != LinuxNamespaceType::Network {
+            return Err(unsupported(
+                format!("linux.namespaces: a path for the {kind} namespace"),
+                "the container runs in a kernel of its own and cannot join a namespace of the host's",
+            ));
+        }
+    }
+    if all
+        .iter()
+        .all(|namespace| namespace.typ() != LinuxNamespaceType::Network)
+    {
+        return Err(unsupported(
+            "linux.namespaces without a network namespace (host networking)",
+            "a virtual machine cannot use the host's interfaces; add {\"type\": \"network\"}, with the path of a \
+             network namespace for a connection or without one for loopback only",
+        ));
+    }
+    Ok(())
+}
+
+fn unsupported_parts(linux: &Linux) -> Result<(), BundleError> {
+    let network = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.network().as_ref());
+    let rdma = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.rdma().as_ref());
+    let host_only = "it is a device or setting of the host's that a virtual machine does not have";
+    [
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        (
+            "linux.netDevices",
+            linux
+                .net_devices()
+                .as_ref()
+                .is_some_and(|all| !all.is_empty()),
+        ),
+        (
+            "linux.resources.network",
+            network.is_some_and(|network| {
+                network.class_id().is_some_and(|id| id != 0)
+                    || network
+                        .priorities()
+                        .as_ref()
+                        .is_some_and(|all| !all.is_empty())
+            }),
+        ),
+        (
+            "linux.resources.rdma",
+            rdma.is_some_and(|rdma| !rdma.is_empty()),
+        ),
+    ]
+    .into_iter()
+    .find(|&(_, asked)| asked)
+    .map_or(Ok(()), |(field, _)| Err(unsupported(field, host_only)))
+}
+
+fn section_vm(vm: &VmSection, config: &Config) -> Result<(), BundleError> {
+    if !config.allow_vm_section {
+        return Err(unsupported(
+            "vm",
+            "this host's configuration does not let a container choose its virtual machine (allow_vm_section)",
+        ));
+    }
+    if vm.hypervisor.is_some() {
+        return Err(unsupported("vm.hypervisor", "caisson has its own"));
+    }
+    if vm.image.is_some() {
+        return Err(unsupported("vm.image", "the guest boots from an initramfs"));
+    }
+    if let Some(kernel) = &vm.kernel {
+        let initrd = kernel
+            .initrd
+            .as_ref()
+            .is_some_and(|path| !path.is_absolute());
+        for (field, relative) in [("path", !kernel.path.is_absolute()), ("initrd", initrd)] {
+            if relative {
+                return Err(invalid(format!(
+                    "vm.kernel.{field} must be an absolute path"
+                )));
+            }
+        }
+    }
+    let Some(hw) = &vm.hw_config else {
+        return Ok(());
+    };
+    [
+        ("vm.hwConfig.deviceTree", hw.device_tree.is_some()),
+        ("vm.hwConfig.irqs", hw.irqs.is_some()),
+        ("vm.hwConfig.iomems", hw.iomems.is_some()),
+    ]
+    .into_iter()
+    .find(|&(_, asked)| asked)
+    .map_or(Ok(()), |(field, _)| {
+        Err(unsupported(
+            field,
+            "devices of the host are not passed through",
+        ))
+    })
+}
+
+/// As `config.json` spells it.
+const fn name(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::bundle::vm;
+
+    fn good() -> Value {
+        json!({
+            "ociVersion": "1.0.2-dev",
+            "process": {"user": {}, "args": ["sh"], "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "network"}]},
+        })
+    }
+
+    /// What the rules say after the value at a JSON pointer was replaced, or removed if it is null.
+    fn verdict(pointer: &str, value: Value, config: &Config) -> Result<(), String> {
+        let mut spec = good();
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        let parent = spec.pointer_mut(parent).unwrap().as_object_mut().unwrap();
+        match value {
+            Value::Null => drop(parent.remove(key)),
+            value => drop(parent.insert(key.to_owned(), value)),
+        }
+        let (spec, vm) = vm::parse(spec.to_string().as_bytes()).map_err(|e| e.to_string())?;
+        check(&spec, vm.as_ref(), config).map_err(|error| error.to_string())
+    }
+
+    fn refusal(pointer: &str, value: Value) -> String {
+        verdict(pointer, value, &Config::default()).unwrap_err()
+    }
+
+    #[test]
+    fn a_plain_specification_passes() {
+        verdict("/hostname", json!("h"), &Config::default()).unwrap();
+    }
+
+    #[test]
+    fn versions_up_to_ours_are_known() {
+        for version in ["1.0.0", "1.0.2-dev", "1.1.0+dev", "1.2.1", "1.3.0"] {
+            verdict("/ociVersion", json!(version), &Config::default()).unwrap();
+        }
+        for version in ["1.4.0", "1.900.0"] {
+            let text = refusal("/ociVersion", json!(version));
+            assert!(
+                text.contains(version) && text.contains("not supported"),
+                "{text}"
+            );
+        }
+        for version in [
+            "2.0.0", "0.9.0", "x", "1.0", "1", "1.0.0.0", "1.x.0", "1..0", "-1.0.0",
+        ] {
+            let text = refusal("/ociVersion", json!(version));
+            assert!(
+                text.contains(&format!("{version:?} is not a version")),
+                "{text}"
+            );
+        }
+        assert_eq!(
+            refusal("/ociVersion", Value::Null),
+            "ociVersion must be set"
+        );
+        assert_eq!(refusal("/ociVersion", json!("")), "ociVersion must be set");
+    }
+
+    #[test]
+    fn a_process_is_needed_in_runcs_words() {
+        for (pointer, value, wanted) in [
+            (
+                "/process",
+                Value::Null,
+                "process property must not be empty",
+            ),
+            ("/process/args", Value::Null, "args must not be empty"),
+            ("/process/args", json!([]), "args must not be empty"),
+            ("/process/cwd", json!("rel"), "Cwd must be an absolute path"),
+            ("/process/cwd", json!(""), "Cwd property must not be empty"),
+        ] {
+            assert_eq!(refusal(pointer, value), wanted);
+        }
+    }
+
+    #[test]
+    fn host_networking_is_refused_and_says_what_to_do() {
+        for namespaces in [json!([{"type": "pid"}]), json!([]), Value::Null] {
+            let text = refusal("/linux/namespaces", namespaces);
+            assert!(
+                text.contains("host networking") && text.contains("add {\"type\""),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_the_network_namespace_may_have_a_path() {
+        let with = |kind: &str| json!([{"type": "network", "path": "/run/netns/x"}, {"type": kind, "path": "/proc/1/ns/x"}]);
+        for kind in ["pid", "ipc", "uts", "mount", "user", "cgroup", "time"] {
+            let text = refusal("/linux/namespaces", with(kind));
+            assert!(
+                text.contains(&format!("path for the {kind} namespace")),
+                "{text}"
+            );
+        }
+        let network =
+            json!([{"type": "network", "path": "/run/netns/x"}, {"type": "pid", "path": ""}]);
+        verdict("/linux/namespaces", network, &Config::default()).unwrap();
+    }
+
+    #[test]
+    fn a_namespace_given_twice_is_refused() {
+        let twice = json!([{"type": "network"}, {"type": "pid"}, {"type": "pid"}]);
+        assert_eq!(
+            refusal("/linux/namespaces", twice),
+            "malformed spec file: duplicated ns \"pid\""
+        );
+    }
+
+    #[test]
+    fn what_only_a_host_has_is_refused_by_name() {
+        for (field, value) in [
+            ("linux.intelRdt", json!({"closID": "x"})),
+            (
+                "linux.memoryPolicy",
+                json!({"mode": "MPOL_BIND", "nodes": "0"}),
+            ),
+            ("linux.netDevices", json!({"eth0": {}})),
+        ] {
+            let text = refusal(&format!("/{}", field.replace('.', "/")), value);
+            assert!(
+                text.starts_with(&format!("{field} is not supported: ")),
+                "{text}"
+            );
+        }
+        for (field, value) in [
+            ("network", json!({"classID": 7})),
+            ("rdma", json!({"mlx5_0": {"hcaHandles": 3}})),
+        ] {
+            let text = refusal("/linux/resources", json!({field: value}));
+            assert!(
+                text.starts_with(&format!("linux.resources.{field} is not")),
+                "{text}"
+            );
+        }
+        let empty = json!({"network": {}, "rdma": {}});
+        verdict("/linux/resources", empty, &Config::default()).unwrap();
+    }
+
+    #[test]
+    fn hooks_need_absolute_paths_and_sensible_timeouts() {
+        let text = refusal(
+            "/hooks",
+            json!({"poststop": [{"path": "/x"}, {"path": "x"}]}),
+        );
+        assert_eq!(text, "hooks.poststop[1].path must be an absolute path");
+        let text = refusal(
+            "/hooks",
+            json!({"createRuntime": [{"path": "/x", "timeout": 0}]}),
+        );
+        assert_eq!(
+            text,
+            "hooks.createRuntime[0].timeout must be greater than 0"
+        );
+    }
+
+    #[test]
+    fn the_vm_section_needs_the_hosts_permission() {
+        let section = json!({"hwConfig": {"vcpus": 2}});
+        assert!(refusal("/vm", section.clone()).contains("allow_vm_section"));
+        let permitted = Config {
+            allow_vm_section: true,
+            ..Config::default()
+        };
+        verdict("/vm", section, &permitted).unwrap();
+        verdict(
+            "/vm",
+            json!({"kernel": {"path": "/k", "parameters": ["quiet"]}}),
+            &permitted,
+        )
+        .unwrap();
+        for (section, wanted) in [
+            (
+                json!({"hypervisor": {"path": "/h"}}),
+                "vm.hypervisor is not supported",
+            ),
+            (
+                json!({"image": {"path": "/i", "format": "raw"}}),
+                "vm.image is not supported",
+            ),
+            (
+                json!({"kernel": {"path": "k"}}),
+                "vm.kernel.path must be an absolute path",
+            ),
+            (
+                json!({"kernel": {"path": "/k", "initrd": "i"}}),
+                "vm.kernel.initrd must be",
+            ),
+            (
+                json!({"hwConfig": {"irqs": [1]}}),
+                "vm.hwConfig.irqs is not supported",
+            ),
+        ] {
+            let text = verdict("/vm", section, &permitted).unwrap_err();
+            assert!(text.starts_with(wanted), "{text}");
+        }
+    }
+
+    #[test]
+    fn terminals_follow_runcs_table() {
+        let allowed = |terminal, detach, console_socket| {
+            super::terminal(
+                terminal,
+                Caller {
+                    detach,
+                    console_socket,
+                },
+            )
+            .is_ok()
+        };
+        let table: Vec<_> = [false, true]
+            .into_iter()
+            .flat_map(|t| {
+                [
+                    (t, false, false),
+                    (t, false, true),
+                    (t, true, false),
+                    (t, true, true),
+                ]
+            })
+            .map(|(terminal, detach, socket)| allowed(terminal, detach, socket))
+            .collect();
+        assert_eq!(table, [true, false, true, false, true, false, false, true]);
+    }
+
+    #[test]
+    fn labels_are_reported_as_not_applied() {
+        let mut spec = good();
+        spec["process"]["selinuxLabel"] = json!("system_u:x");
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        assert_eq!(
+            warnings(&spec),
+            ["process.selinuxLabel is not applied: the guest kernel has no SELinux"]
+        );
     }
 }

@@ -66,3 +66,41 @@ pub(super) fn parse(text: &[u8]) -> Result<(Spec, Option<VmSection>), serde_json
     let vm = section.map(serde_json::from_value).transpose()?;
     Ok((serde_json::from_value(value)?, vm))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_section_is_taken_out_whole() {
+        let text = r#"{"ociVersion":"1.3.0","vm":{"kernel":{"path":"/k","initrd":"/i"},
+            "hwConfig":{"vcpus":2,"memory":134217728,"irqs":[5]}}}"#;
+        let (spec, vm) = parse(text.as_bytes()).unwrap();
+        assert_eq!(*spec.vm(), None);
+        let vm = vm.unwrap();
+        let kernel = vm.kernel.unwrap();
+        assert_eq!(
+            (kernel.path, kernel.initrd),
+            ("/k".into(), Some("/i".into()))
+        );
+        let hw = vm.hw_config.unwrap();
+        assert_eq!((hw.vcpus, hw.memory), (Some(2), Some(128 << 20)));
+        assert!(hw.irqs.is_some() && hw.iomems.is_none());
+    }
+
+    #[test]
+    fn a_value_that_merely_reads_vm_is_no_section() {
+        let (spec, vm) = parse(br#"{"ociVersion":"1.0.2","hostname":"vm"}"#).unwrap();
+        assert_eq!((spec.hostname().as_deref(), vm), (Some("vm"), None));
+        assert_eq!(
+            parse(br#"{"ociVersion":"1.0.2","vm":null}"#).unwrap().1,
+            None
+        );
+    }
+
+    #[test]
+    fn a_section_of_the_wrong_shape_is_refused() {
+        assert!(parse(br#"{"ociVersion":"1.0.2","vm":[]}"#).is_err());
+        assert!(parse(br#"{"ociVersion":"1.0.2","vm":{"hwConfig":{"vcpus":-1}}}"#).is_err());
+    }
+}

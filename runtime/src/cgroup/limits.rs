@@ -1,0 +1,184 @@
+//! What a sandbox's host cgroup is limited to: a pure function of the specification and the machine's size.
+//!
+//! - `memory.max`: guest memory plus [`HOST_OVERHEAD`], if the container has a memory limit.
+//! - `cpu.max`: the container's quota plus a tenth of one CPU for the VMM's io threads, if it has a quota.
+//! - `cpu.weight` from `shares`; `cpuset.cpus`, `cpuset.mems` and `io.max` as given: only the host knows these CPUs,
+//!   nodes and disks.
+//! - Processes are not counted here: the container's `pids.limit` holds in the guest.
+
+use caisson_vmm_spec::MiB;
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxThrottleDevice, Spec};
+
+use crate::sizing::{self, VmSize};
+
+/// Host memory that a sandbox may use beyond the guest's: VMM, monitor, page tables and the shared files' cache.
+pub const HOST_OVERHEAD: MiB = MiB(64);
+
+/// The kernel's period where a specification names none, in microseconds.
+const DEFAULT_PERIOD_US: u64 = 100_000;
+
+/// A value for a file of a cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Limit {
+    /// The file's name.
+    pub(super) file: &'static str,
+    /// What is written to it.
+    pub(super) value: String,
+}
+
+/// All limits, in the order in which they are to be written.
+pub(super) fn of(spec: &Spec, size: VmSize) -> Vec<Limit> {
+    let mut limits = Vec::new();
+    if sizing::memory_limit(spec).is_some() {
+        let bytes = size.memory.bytes() + HOST_OVERHEAD.bytes();
+        limits.push(Limit {
+            file: "memory.max",
+            value: bytes.to_string(),
+        });
+    }
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    if let Some(cpu) = resources.and_then(|resources| resources.cpu().as_ref()) {
+        limits.extend(of_cpu(cpu));
+    }
+    if let Some(io) = resources.and_then(|resources| resources.block_io().as_ref()) {
+        limits.extend(of_io(io));
+    }
+    limits
+}
+
+fn of_cpu(cpu: &LinuxCpu) -> Vec<Limit> {
+    let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let shares = cpu.shares().filter(|&shares| shares > 0);
+    [
+        ("cpuset.cpus", given(cpu.cpus())),
+        ("cpuset.mems", given(cpu.mems())),
+        (
+            "cpu.weight",
+            shares.map(|shares| weight(shares).to_string()),
+        ),
+        ("cpu.max", bandwidth(cpu)),
+    ]
+    .into_iter()
+    .filter_map(|(file, value)| {
+        Some(Limit {
+            file,
+            value: value?,
+        })
+    })
+    .collect()
+}
+
+/// cgroup v1's shares (2 to 262,144) as cgroup v2's weight (1 to 10,000): runc's formula.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+}
+
+fn bandwidth(cpu: &LinuxCpu) -> Option<String> {
+    let quota = cpu
+        .quota()
+        .and_then(|quota| u64::try_from(quota).ok())
+        .filter(|&q| q > 0)?;
+    let period = cpu
+        .period()
+        .filter(|&period| period > 0)
+        .unwrap_or(DEFAULT_PERIOD_US);
+    Some(format!("{} {period}", quota.saturating_add(period / 10)))
+}
+
+fn of_io(io: &LinuxBlockIo) -> Vec<Limit> {
+    let lists = [
+        ("rbps", io.throttle_read_bps_device()),
+        ("wbps", io.throttle_write_bps_device()),
+        ("riops", io.throttle_read_iops_device()),
+        ("wiops", io.throttle_write_iops_device()),
+    ];
+    let all = lists
+        .into_iter()
+        .flat_map(|(key, list)| list.iter().flatten().map(move |device| (key, device)));
+    all.map(|(key, device)| Limit {
+        file: "io.max",
+        value: throttle(key, device),
+    })
+    .collect()
+}
+
+fn throttle(key: &str, device: &LinuxThrottleDevice) -> String {
+    format!(
+        "{}:{} {key}={}",
+        device.major(),
+        device.minor(),
+        device.rate()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(resources: &str) -> Vec<String> {
+        let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+        let size = VmSize {
+            vcpus: 1,
+            memory: MiB(192),
+        };
+        let all = of(&serde_json::from_str(&spec).unwrap(), size);
+        all.into_iter()
+            .map(|limit| format!("{}={}", limit.file, limit.value))
+            .collect()
+    }
+
+    #[test]
+    fn nothing_asked_limits_nothing() {
+        assert!(limits("{}").is_empty());
+        assert!(
+            limits(r#"{"cpu":{"quota":-1,"shares":0,"cpus":""},"memory":{"limit":-1}}"#).is_empty()
+        );
+    }
+
+    #[test]
+    fn memory_covers_the_guest_and_the_overhead() {
+        let bytes = (192 + 64) << 20;
+        assert_eq!(
+            limits(r#"{"memory":{"limit":134217728}}"#),
+            [format!("memory.max={bytes}")]
+        );
+    }
+
+    #[test]
+    fn a_quota_gets_a_tenth_of_a_cpu_on_top() {
+        assert_eq!(
+            limits(r#"{"cpu":{"quota":50000,"period":50000}}"#),
+            ["cpu.max=55000 50000"]
+        );
+        assert_eq!(
+            limits(r#"{"cpu":{"quota":20000}}"#),
+            ["cpu.max=30000 100000"]
+        );
+    }
+
+    #[test]
+    fn shares_become_a_weight_as_in_runc() {
+        for (shares, wanted) in [
+            (1, 1),
+            (2, 1),
+            (1024, 39),
+            (262_144, 10_000),
+            (u64::MAX, 10_000),
+        ] {
+            assert_eq!(weight(shares), wanted, "{shares}");
+        }
+    }
+
+    #[test]
+    fn cpus_nodes_and_disks_are_limited_on_the_host() {
+        let text = r#"{"cpu":{"cpus":"0-1","mems":"0"},
+            "blockIO":{"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":1000}]}}"#;
+        assert_eq!(
+            limits(text),
+            ["cpuset.cpus=0-1", "cpuset.mems=0", "io.max=8:0 rbps=1000"]
+        );
+    }
+}

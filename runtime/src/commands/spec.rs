@@ -1,0 +1,135 @@
+//! `spec`: writes a first `config.json`, the one that `runc spec` writes, for a person to edit.
+//!
+//! Two things must differ: the hostname, and that `--rootless` keeps the network namespace and the sysfs of its own,
+//! because a virtual machine cannot share the host's.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    process::ExitCode,
+};
+
+use crate::{cli::SpecArgs, error::CommandError};
+
+/// runc 1.1.5's output, with our name.
+const DEFAULT: &str = include_str!("config.json");
+
+pub(super) fn spec(args: &SpecArgs) -> Result<ExitCode, CommandError> {
+    let path = args
+        .bundle
+        .as_deref()
+        .unwrap_or(Path::new(""))
+        .join("config.json");
+    let text = if args.rootless {
+        rootless(DEFAULT)
+    } else {
+        DEFAULT.to_owned()
+    };
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o666)
+        .open(&path);
+    match file.and_then(|mut file| file.write_all(text.as_bytes())) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(CommandError::SpecExists),
+        Err(source) => Err(CommandError::Write {
+            what: path.display().to_string(),
+            source,
+        }),
+    }
+}
+
+/// The default for a caller without root's rights: one user, mapped to root in the container, no groups, no limits.
+fn rootless(default: &str) -> String {
+    let user = rustix::process::geteuid().as_raw();
+    let group = rustix::process::getegid().as_raw();
+    let map = |name: &str, id: u32| {
+        format!(
+            "\t\t\"{name}\": [\n\t\t\t{{\n\t\t\t\t\"containerID\": 0,\n\t\t\t\t\"hostID\": {id},\n\t\t\t\t\"size\": 1\n\t\t\t}}\n\t\t],\n"
+        )
+    };
+    let resources = default
+        .find("\t\t\"resources\"")
+        .zip(default.find("\t\t\"namespaces\""));
+    let (before, after) = resources.unwrap_or_default();
+    let text = [
+        default.get(..before).unwrap_or_default(),
+        &map("uidMappings", user),
+        &map("gidMappings", group),
+        default.get(after..).unwrap_or_default(),
+    ]
+    .concat();
+    text.replace("\"mode=0620\",\n\t\t\t\t\"gid=5\"", "\"mode=0620\"")
+        .replace(
+            "\t\t\t\t\"type\": \"mount\"\n\t\t\t}\n",
+            "\t\t\t\t\"type\": \"mount\"\n\t\t\t},\n\t\t\t{\n\t\t\t\t\"type\": \"user\"\n\t\t\t}\n",
+        )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::{bundle::Bundle, config::Config};
+
+    fn written(rootless: bool) -> (tempfile::TempDir, SpecArgs) {
+        let dir = tempfile::tempdir().unwrap();
+        let args = SpecArgs {
+            bundle: Some(dir.path().into()),
+            rootless,
+        };
+        spec(&args).unwrap();
+        (dir, args)
+    }
+
+    #[test]
+    fn an_existing_file_is_left_alone_in_runcs_words() {
+        let (dir, args) = written(false);
+        fs::write(dir.path().join("config.json"), "mine").unwrap();
+        let error = spec(&args).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "File config.json exists. Remove it first"
+        );
+        assert_eq!(
+            fs::read_to_string(dir.path().join("config.json")).unwrap(),
+            "mine"
+        );
+    }
+
+    #[test]
+    fn what_is_written_can_be_run() {
+        for rootless in [false, true] {
+            let (dir, _) = written(rootless);
+            fs::create_dir(dir.path().join("rootfs")).unwrap();
+            let bundle = Bundle::load(dir.path(), &Config::default()).unwrap();
+            assert_eq!(
+                bundle.spec.process().as_ref().unwrap().terminal(),
+                Some(true)
+            );
+        }
+    }
+
+    #[test]
+    fn rootless_maps_the_caller_and_limits_nothing() {
+        let value: Value = serde_json::from_str(&rootless(DEFAULT)).unwrap();
+        let linux = &value["linux"];
+        assert_eq!(linux["uidMappings"][0]["containerID"], 0);
+        assert_eq!(linux["gidMappings"][0]["size"], 1);
+        assert_eq!(linux["resources"], Value::Null);
+        let kinds: Vec<_> = linux["namespaces"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|n| n["type"].as_str().unwrap())
+            .collect();
+        assert_eq!(kinds, ["pid", "network", "ipc", "uts", "mount", "user"]);
+        assert!(!value.to_string().contains("gid=5"));
+    }
+}
