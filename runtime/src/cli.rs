@@ -87,9 +87,6 @@ pub enum Command {
     Features,
     /// say in plain words whether this host can run caisson, and what to do about what is missing
     Check,
-    /// owns one sandbox; started by create and run only
-    #[command(hide = true)]
-    Monitor(Monitor),
 }
 
 /// What `create` and `run` have in common.
@@ -278,14 +275,6 @@ pub struct SpecArgs {
     /// generate a configuration for a rootless container
     #[arg(long)]
     pub rootless: bool,
-}
-
-/// The internal command behind `create` and `run`.
-#[derive(Debug, Clone, Args)]
-pub struct Monitor {
-    /// the container
-    #[arg(value_name = "container-id")]
-    pub id: String,
 }
 
 #[cfg(test)]

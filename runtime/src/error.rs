@@ -4,11 +4,22 @@
 //! some (`caisson create failed: ...`). It is printed once, by `main`.
 //! Not here: what can go wrong (each module's own enum), where the line goes (`log.rs`).
 
-use std::{error, io};
+use std::{error, io, path::PathBuf, process::ExitCode};
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::{
-    bundle::BundleError, cgroup::CgroupError, config::ConfigError, hooks::HookError, log::LogError,
-    signals::SignalError, sizing::SizingError, state::StateError,
+    bundle::BundleError,
+    cgroup::CgroupError,
+    cli::Command,
+    commands::{exec::ExecCommandError, launch::LaunchError},
+    config::ConfigError,
+    control::ControlError,
+    hooks::HookError,
+    log::LogError,
+    signals::SignalError,
+    sizing::SizingError,
+    state::StateError,
 };
 
 /// Why a command failed.
@@ -38,6 +49,45 @@ pub enum CommandError {
     /// The log file.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// A result could not be put into words.
+    #[error("encode the result")]
+    Json(#[source] serde_json::Error),
+    /// There is no container.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// There is no further process in a container.
+    #[error(transparent)]
+    Exec(#[from] ExecCommandError),
+    /// The container's monitor refused, failed or is gone.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The container is in the wrong state; runc's words.
+    #[error("{0}")]
+    Refused(String),
+    /// The list of hooks cannot be read.
+    #[error("read the hooks in {path}", path = path.display())]
+    Hooks {
+        /// The state directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A monitor cannot be killed.
+    #[error("kill process {pid}")]
+    Kill {
+        /// Its pid.
+        pid: u32,
+        /// Why.
+        source: io::Error,
+    },
+    /// A process's end cannot be waited for.
+    #[error("wait for the end of the holder of {path}", path = path.display())]
+    Wait {
+        /// The lock it holds.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A command line that means nothing.
     #[error("{0}")]
     Usage(String),
@@ -55,6 +105,57 @@ pub enum CommandError {
     /// `check` found something missing and has said so.
     #[error("this host cannot run caisson")]
     HostUnfit,
+}
+
+/// How a command's failure is told: the words before the message, and the exit status. Both are runc's.
+pub fn framing(command: &Command) -> (&'static str, ExitCode) {
+    match command {
+        Command::Create(_) => ("caisson create failed: ", ExitCode::FAILURE),
+        Command::Run(_) => ("caisson run failed: ", ExitCode::FAILURE),
+        // A caller must be able to tell it from the status of the command that it wanted to run.
+        Command::Exec(_) => ("exec failed: ", ExitCode::from(255)),
+        _ => ("", ExitCode::FAILURE),
+    }
+}
+
+/// A command line that was not understood, in runc's words, and the exit status.
+pub fn usage(error: &clap::Error) -> (String, ExitCode) {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => text.as_str(),
+        Some(ContextValue::Strings(all)) => all.first().map_or("", String::as_str),
+        _ => "",
+    };
+    let argument = context(ContextKind::InvalidArg);
+    let name = argument
+        .split([' ', '='])
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches('-');
+    match error.kind() {
+        ErrorKind::UnknownArgument if argument.starts_with('-') => (
+            format!("flag provided but not defined: -{name}"),
+            ExitCode::FAILURE,
+        ),
+        ErrorKind::InvalidSubcommand => {
+            let word = context(ContextKind::InvalidSubcommand);
+            (format!("No help topic for '{word}'"), ExitCode::from(3))
+        }
+        ErrorKind::MissingRequiredArgument => (
+            format!("a required argument is missing: {argument}"),
+            ExitCode::FAILURE,
+        ),
+        ErrorKind::InvalidValue if context(ContextKind::InvalidValue).is_empty() => (
+            format!("flag needs an argument: -{name}"),
+            ExitCode::FAILURE,
+        ),
+        _ => (first_line(&error.to_string()), ExitCode::FAILURE),
+    }
+}
+
+/// clap's message without its label and its hints.
+fn first_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line).to_owned()
 }
 
 /// The whole chain of an error on one line: each step, then what caused it.
@@ -83,5 +184,37 @@ mod tests {
             message(&error),
             "read the configuration file /c: Permission denied (os error 13)"
         );
+    }
+
+    #[test]
+    fn command_lines_are_refused_in_runcs_words() {
+        use clap::Parser;
+        let refusal = |line: &str| {
+            let error = crate::cli::Cli::try_parse_from(line.split_whitespace()).unwrap_err();
+            usage(&error)
+        };
+        for (line, wanted) in [
+            ("caisson --foo", "flag provided but not defined: -foo"),
+            (
+                "caisson create --foo=3 x",
+                "flag provided but not defined: -foo",
+            ),
+            ("caisson create -x c", "flag provided but not defined: -x"),
+            ("caisson foo", "No help topic for 'foo'"),
+            (
+                "caisson state",
+                "a required argument is missing: <container-id>",
+            ),
+            ("caisson --root", "flag needs an argument: -root"),
+            ("caisson state a b", "unexpected argument 'b' found"),
+            (
+                "caisson create --preserve-fds x c",
+                "invalid value 'x' for '--preserve-fds <N>': invalid digit found in string",
+            ),
+        ] {
+            assert_eq!(refusal(line).0, wanted, "{line}");
+        }
+        assert_eq!(refusal("caisson foo").1, ExitCode::from(3));
+        assert_eq!(refusal("caisson state").1, ExitCode::FAILURE);
     }
 }

@@ -2,14 +2,29 @@
 //!
 //! The binary `caisson` is a thin door to this library: `cli` says what was asked, `commands` does it.
 
+pub mod agent;
 pub mod bundle;
 pub mod cgroup;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod control;
 pub mod error;
+pub mod exec;
+pub mod forwarded;
+pub mod guest_spec;
 pub mod hooks;
 pub mod log;
+pub mod monitor;
+pub mod packet;
+pub mod sandbox;
+pub mod share;
 pub mod signals;
 pub mod sizing;
 pub mod state;
+pub mod stdio;
+pub mod terminal;
+pub mod text;
+pub mod version;
+pub mod vmm;
+mod watched;

@@ -1,18 +1,52 @@
 //! The program `caisson`: argv in, exit status out.
 
-use std::process::ExitCode;
+use std::{env, ffi::OsStr, process::ExitCode};
 
 use caisson::{
     cli::Cli,
     commands::{self, Context},
-    error,
+    error, exec,
     log::Log,
+    monitor, version,
 };
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    // The processes that commands leave behind; they are not for people and cost no parsing.
+    match env::args_os().nth(1).as_deref().and_then(OsStr::to_str) {
+        Some(monitor::COMMAND) => return monitor::main(),
+        Some(exec::COMMAND) => return exec::main(),
+        _ => {}
+    }
+    match Cli::try_parse() {
+        Ok(cli) => carry_out(cli),
+        Err(error) if error.use_stderr() => {
+            let (message, status) = error::usage(&error);
+            println!(
+                "Incorrect Usage: {message}\n\n{}",
+                Cli::command().render_help()
+            );
+            Log::plain().error(&message);
+            status
+        }
+        // What was asked for is the help.
+        Err(error) => {
+            print!("{error}");
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn carry_out(cli: Cli) -> ExitCode {
     let global = cli.global;
+    if global.version {
+        print!("{}", version::text());
+        return ExitCode::SUCCESS;
+    }
+    let Some(command) = cli.command else {
+        print!("{}", Cli::command().render_help());
+        return ExitCode::SUCCESS;
+    };
     let log = match Log::open(global.log.as_deref(), &global.log_format, global.debug) {
         Ok(log) => log,
         Err(error) => {
@@ -20,12 +54,12 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let Some(command) = cli.command else {
-        return ExitCode::SUCCESS;
-    };
+    let (prefix, status) = error::framing(&command);
     let context = Context::new(global, log);
     commands::dispatch(command, &context).unwrap_or_else(|error| {
-        context.log.error(&error::message(&error));
-        ExitCode::FAILURE
+        context
+            .log
+            .error(&format!("{prefix}{}", error::message(&error)));
+        status
     })
 }

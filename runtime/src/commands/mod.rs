@@ -3,13 +3,32 @@
 //! Contract: a command prints its result on standard output and nothing else; errors and warnings go to the log.
 //! Commands that only look (`list`, `state`, `spec`, `features`, `check`) start no thread and no event loop.
 
-use std::{env, path::PathBuf, process::ExitCode};
+use std::{
+    env,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use crate::{
     cli::{Command, Global, Rootless},
     error::CommandError,
     log::Log,
 };
+
+mod check;
+mod create;
+mod delete;
+pub(crate) mod exec;
+mod features;
+mod kill;
+mod kvm_api;
+pub(crate) mod launch;
+mod list;
+mod run;
+mod spec;
+mod start;
+mod state;
 
 /// What every command is given.
 #[derive(Debug)]
@@ -25,45 +44,55 @@ pub struct Context {
 impl Context {
     /// Resolves the global options.
     pub fn new(global: Global, log: Log) -> Self {
-        let root = global
-            .root
-            .clone()
-            .unwrap_or_else(|| default_root(rootless(&global)));
+        let runtime_dir = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+        let root = match (&global.root, runtime_dir) {
+            (Some(root), _) => root.clone(),
+            (None, Some(dir)) if is_rootless(&global) => PathBuf::from(dir).join("caisson"),
+            (None, _) => PathBuf::from("/run/caisson"),
+        };
         Self { root, log, global }
+    }
+
+    /// Whether errors for want of rights on host cgroups are forgiven.
+    pub fn is_rootless(&self) -> bool {
+        is_rootless(&self.global)
     }
 }
 
 /// Carries out a command.
 pub fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CommandError> {
-    let _ = context;
     match command {
-        Command::Create(_)
-        | Command::Delete(_)
-        | Command::Exec(_)
-        | Command::Kill(_)
-        | Command::Run(_)
-        | Command::Start(_)
-        | Command::Monitor(_) => Err(CommandError::Usage("not built yet".into())),
-        Command::List(_)
-        | Command::Spec(_)
-        | Command::State(_)
-        | Command::Features
-        | Command::Check => Ok(ExitCode::SUCCESS),
+        Command::Create(args) => create::run(&args, context),
+        Command::Delete(args) => delete::run(&args, context),
+        Command::Exec(args) => exec::run(&args, context),
+        Command::Kill(args) => kill::run(&args, context),
+        Command::Run(args) => run::run(&args, context),
+        Command::Start(args) => start::run(&args, context),
+        Command::List(args) => list::list(&args, context),
+        Command::Spec(args) => spec::spec(&args),
+        Command::State(args) => state::state(&args, context),
+        Command::Features => features::features(),
+        Command::Check => check::check(context),
     }
 }
 
-fn rootless(global: &Global) -> bool {
+/// Writes a command's result to standard output, whole.
+fn print(text: &str) -> Result<ExitCode, CommandError> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|source| CommandError::Write {
+            what: "standard output".into(),
+            source,
+        })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn is_rootless(global: &Global) -> bool {
     match global.rootless {
         Rootless::True => true,
         Rootless::False => false,
         Rootless::Auto => !rustix::process::geteuid().is_root(),
-    }
-}
-
-fn default_root(rootless: bool) -> PathBuf {
-    let runtime_dir = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
-    match (rootless, runtime_dir) {
-        (true, Some(dir)) => PathBuf::from(dir).join("caisson"),
-        _ => PathBuf::from("/run/caisson"),
     }
 }

@@ -1,0 +1,332 @@
+//! The conversation between the command line and a sandbox's monitor, over a socket in the container's state directory.
+//!
+//! Contract: one connection per command. Most commands are one [`Request`] and one [`Answer`]. `exec` goes on:
+//! [`Answer::Started`] brings the streams' descriptors, so that the monitor is not in the way of the bytes; then
+//! [`Request::Signal`] and [`Request::Resize`] on that connection concern the new process and are not answered, and
+//! [`Answer::Exited`] comes at its end. The state directory is its owner's alone: who can connect may do everything.
+//! Not here: what the requests do (`monitor/serve.rs`).
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, Write},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rustix::{
+    fs::{MemfdFlags, Mode, OFlags},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
+use serde::{Deserialize, Serialize};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::{
+    packet::{self, PacketError, Packets},
+    watched::watch,
+};
+
+/// Name of the socket in the state directory.
+const SOCKET: &str = "control.sock";
+
+/// The largest `process` object, in bytes; what the agent's protocol can carry.
+const MAX_PROCESS_BYTES: u64 = 3 << 20;
+
+/// What a command asks of the monitor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Let init go on.
+    Start,
+    /// Start one more process; its `process` object is the attached file.
+    Exec {
+        /// It has a terminal.
+        terminal: bool,
+        /// How many descriptors from 3 upwards.
+        preserved: u32,
+        /// Even in a paused container.
+        ignore_paused: bool,
+    },
+    /// Send a signal to init; on a connection of `exec`, to its process.
+    Signal {
+        /// Its number.
+        signal: i32,
+        /// To every process of the container.
+        all: bool,
+    },
+    /// The size of the terminal of an `exec`.
+    Resize {
+        /// Rows.
+        rows: u16,
+        /// Columns.
+        columns: u16,
+    },
+    /// Freeze.
+    Pause,
+    /// Thaw.
+    Resume,
+    /// Tell the pids of the container's processes in the guest.
+    Processes,
+}
+
+/// What the monitor answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// The process runs; attached are stdin, stdout, stderr (without a terminal) and the preserved descriptors.
+    Started {
+        /// Its pid in the guest.
+        pid: u32,
+    },
+    /// The process has ended.
+    Exited {
+        /// Exit status.
+        status: u8,
+        /// Bytes of standard output that are its own.
+        stdout_bytes: u64,
+        /// Bytes of standard error that are its own.
+        stderr_bytes: u64,
+    },
+    /// The pids.
+    Processes(Vec<u32>),
+    /// It is not done.
+    Failed(String),
+}
+
+/// Why the monitor could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Its socket cannot be reached.
+    #[error("reach the container's monitor at {path}", path = path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The conversation broke.
+    #[error("speak with the container's monitor")]
+    Packet(#[from] PacketError),
+    /// It hung up.
+    #[error("the container's monitor ended")]
+    HungUp,
+    /// Its answer does not belong to the question.
+    #[error("the container's monitor gave an unexpected answer")]
+    Unexpected,
+    /// It refused or failed.
+    #[error("{0}")]
+    Failed(String),
+    /// The process object cannot be handed over.
+    #[error("hand over the process")]
+    Process(#[source] io::Error),
+}
+
+/// The command line's end: blocking.
+#[derive(Debug)]
+pub struct Control(OwnedFd);
+
+impl Control {
+    /// Connects to the monitor of the container whose state directory is `dir`.
+    pub fn connect(dir: &Path) -> Result<Self, ControlError> {
+        let connected = socket(dir, SocketFlags::CLOEXEC).and_then(|(socket, address, _dir)| {
+            rustix::net::connect(&socket, &address)?;
+            Ok(socket)
+        });
+        connected.map(Self).map_err(|source| ControlError::Connect {
+            path: dir.join(SOCKET),
+            source,
+        })
+    }
+
+    /// Gives up on an answer after this long.
+    pub fn set_patience(&self, patience: Duration) -> Result<(), ControlError> {
+        rustix::net::sockopt::set_socket_timeout(
+            &self.0,
+            rustix::net::sockopt::Timeout::Recv,
+            Some(patience),
+        )
+        .map_err(|errno| {
+            PacketError::Socket {
+                step: "receive",
+                source: errno.into(),
+            }
+            .into()
+        })
+    }
+
+    /// Asks and waits for the answer with its descriptors; a refusal is an error.
+    pub fn ask(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
+        packet::send(self.0.as_fd(), request, fds)?;
+        match packet::receive(self.0.as_fd())? {
+            Some((Answer::Failed(message), _)) => Err(ControlError::Failed(message)),
+            Some(answer) => Ok(answer),
+            None => Err(ControlError::HungUp),
+        }
+    }
+
+    /// Asks for something that is simply done.
+    pub fn order(&self, request: &Request) -> Result<(), ControlError> {
+        match self.ask(request, &[])? {
+            (Answer::Done, _) => Ok(()),
+            _ => Err(ControlError::Unexpected),
+        }
+    }
+
+    /// Asks for a process; the connection then belongs to it.
+    pub fn exec(
+        self,
+        request: &Request,
+        process: &[u8],
+    ) -> Result<(OwnedFd, u32, Vec<OwnedFd>), ControlError> {
+        let file = process_file(process).map_err(ControlError::Process)?;
+        match self.ask(request, &[file.as_fd()])? {
+            (Answer::Started { pid }, fds) => Ok((self.0, pid, fds)),
+            _ => Err(ControlError::Unexpected),
+        }
+    }
+}
+
+/// The monitor's end: where commands connect.
+#[derive(Debug)]
+pub struct Listener(AsyncFd<OwnedFd>);
+
+impl Listener {
+    /// Listens in a state directory. Must be called inside a runtime.
+    pub fn bind(dir: &Path) -> Result<Self, ControlError> {
+        let listening = socket(dir, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).and_then(
+            |(socket, address, _dir)| {
+                rustix::net::bind(&socket, &address)?;
+                rustix::net::listen(&socket, 64)?;
+                watch(socket, Interest::READABLE)
+            },
+        );
+        listening.map(Self).map_err(|source| ControlError::Connect {
+            path: dir.join(SOCKET),
+            source,
+        })
+    }
+
+    /// The next command.
+    pub async fn accept(&self) -> io::Result<Packets> {
+        let accepted = self
+            .0
+            .async_io(Interest::READABLE, |socket| {
+                Ok(rustix::net::accept_with(socket, SocketFlags::CLOEXEC)?)
+            })
+            .await?;
+        Packets::new(accepted)
+    }
+}
+
+/// Reads the `process` object that came with [`Request::Exec`].
+pub fn read_process(fds: Vec<OwnedFd>) -> Result<Vec<u8>, ControlError> {
+    let file = fds.into_iter().next().ok_or(ControlError::Unexpected)?;
+    let mut bytes = Vec::new();
+    File::from(file)
+        .take(MAX_PROCESS_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(ControlError::Process)?;
+    if bytes.len() as u64 > MAX_PROCESS_BYTES {
+        return Err(ControlError::Process(io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(bytes)
+}
+
+pub(crate) fn process_file(bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create("process", MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// A socket and its address. The address goes through the open directory, because a socket's address has at most 107
+/// bytes and a state directory's path may be longer.
+fn socket(dir: &Path, flags: SocketFlags) -> io::Result<(OwnedFd, SocketAddrUnix, OwnedFd)> {
+    let dir_flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(dir, dir_flags, Mode::empty())?;
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    Ok((socket, address, dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_directory_without_a_monitor_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Control::connect(dir.path()).unwrap_err();
+        assert!(error.to_string().ends_with("/control.sock"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_command_reaches_the_monitor_however_long_the_path_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("x".repeat(200));
+        std::fs::create_dir(&deep).unwrap();
+        let listener = Listener::bind(&deep).unwrap();
+        let command = std::thread::spawn(move || {
+            let control = Control::connect(&deep).unwrap();
+            control.exec(
+                &Request::Exec {
+                    terminal: false,
+                    preserved: 0,
+                    ignore_paused: true,
+                },
+                b"{\"args\":[]}",
+            )
+        });
+        let connection = listener.accept().await.unwrap();
+        let (request, fds) = connection.receive::<Request>().await.unwrap().unwrap();
+        assert!(matches!(
+            request,
+            Request::Exec {
+                ignore_paused: true,
+                ..
+            }
+        ));
+        assert_eq!(read_process(fds).unwrap(), b"{\"args\":[]}");
+        let stream = tempfile::tempfile().unwrap();
+        connection
+            .send(&Answer::Started { pid: 7 }, &[stream.as_fd()])
+            .await
+            .unwrap();
+        let (_, pid, fds) = command.join().unwrap().unwrap();
+        assert_eq!((pid, fds.len()), (7, 1));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_an_error_in_the_monitors_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = Listener::bind(dir.path()).unwrap();
+        let path = dir.path().to_owned();
+        let command =
+            std::thread::spawn(move || Control::connect(&path).unwrap().order(&Request::Start));
+        let connection = listener.accept().await.unwrap();
+        connection.receive::<Request>().await.unwrap().unwrap();
+        connection
+            .send(&Answer::Failed("no".into()), &[])
+            .await
+            .unwrap();
+        assert_eq!(command.join().unwrap().unwrap_err().to_string(), "no");
+    }
+
+    #[test]
+    fn a_process_that_is_too_large_is_refused() {
+        let limit = usize::try_from(MAX_PROCESS_BYTES).unwrap();
+        let file = |length| vec![process_file(&vec![b'x'; length]).unwrap().into()];
+        assert_eq!(read_process(file(limit)).unwrap().len(), limit);
+        assert!(read_process(file(limit + 1)).is_err());
+        assert!(matches!(
+            read_process(Vec::new()),
+            Err(ControlError::Unexpected)
+        ));
+    }
+}

@@ -1,0 +1,233 @@
+//! The specification as the guest applies it, and what of it stays on the host: one pure function.
+//!
+//! Contract: the guest's specification names no path of the host. The root file system and every bind mount's source
+//! become paths below the shared directory, as [`crate::share`] lays it out; the cgroup path, paths of namespaces,
+//! hooks of the host's side and the `vm` section are removed. Everything else is passed on untouched: the agent is the
+//! one that applies it, or refuses it.
+//! Not here: which specifications are accepted (`bundle`), making the mounts (`share.rs`).
+
+use std::path::{Path, PathBuf};
+
+use caisson_agent_api::SHARE_MOUNT;
+use oci_spec::runtime::{Hooks, Mount, Root, Spec};
+
+/// A bind mount whose source is a path of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// Its place among the specification's mounts, and its name in the shared directory.
+    pub index: usize,
+    /// The file or directory on the host.
+    pub source: PathBuf,
+    /// With everything that is mounted below it.
+    pub recursive: bool,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// What the host mounts below the source later appears in the guest.
+    pub follows_host: bool,
+}
+
+/// What the host has to provide for a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostFiles {
+    /// The root file system on the host.
+    pub rootfs: PathBuf,
+    /// It is read-only once the container is set up.
+    pub rootfs_read_only: bool,
+    /// The bind mounts.
+    pub binds: Vec<Bind>,
+}
+
+/// Splits a checked specification into the guest's and the host's part. `bundle` is absolute.
+pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
+    let in_guest = Path::new(SHARE_MOUNT).join(id);
+    let root = spec.root().clone().unwrap_or_default();
+    let host = HostFiles {
+        rootfs: bundle.join(root.path()),
+        rootfs_read_only: root.readonly().unwrap_or(false),
+        binds: binds(bundle, spec.mounts().as_deref().unwrap_or_default()),
+    };
+    let mut guest_root = Root::default();
+    guest_root
+        .set_path(in_guest.join("rootfs"))
+        .set_readonly(root.readonly());
+    spec.set_root(Some(guest_root));
+    for bind in &host.binds {
+        if let Some(mount) = spec
+            .mounts_mut()
+            .as_mut()
+            .and_then(|all| all.get_mut(bind.index))
+        {
+            mount.set_source(Some(in_guest.join("mounts").join(bind.index.to_string())));
+        }
+    }
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_cgroups_path(None);
+        linux.set_net_devices(None);
+        for namespace in linux.namespaces_mut().iter_mut().flatten() {
+            namespace.set_path(None);
+        }
+    }
+    let hooks = spec.hooks().as_ref().and_then(guest_hooks);
+    spec.set_hooks(hooks);
+    spec.set_vm(None);
+    (spec, host)
+}
+
+/// Whether a mount's source is a file or directory of the host; as runc decides it.
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || has_option(mount, "bind")
+        || has_option(mount, "rbind")
+}
+
+fn has_option(mount: &Mount, wanted: &str) -> bool {
+    mount
+        .options()
+        .iter()
+        .flatten()
+        .any(|option| option == wanted)
+}
+
+fn binds(bundle: &Path, mounts: &[Mount]) -> Vec<Bind> {
+    let bind = |(index, mount): (usize, &Mount)| Bind {
+        index,
+        // As runc: relative to the bundle. An absolute source replaces the bundle's path.
+        source: bundle.join(mount.source().as_deref().unwrap_or_else(|| Path::new(""))),
+        recursive: has_option(mount, "rbind"),
+        read_only: read_only(mount),
+        follows_host: ["shared", "rshared", "slave", "rslave"]
+            .iter()
+            .any(|propagation| has_option(mount, propagation)),
+    };
+    mounts
+        .iter()
+        .enumerate()
+        .filter(|(_, mount)| is_bind(mount))
+        .map(bind)
+        .collect()
+}
+
+/// The last of `ro` and `rw` counts, as in mount(8); `rro` also means read-only.
+fn read_only(mount: &Mount) -> bool {
+    mount
+        .options()
+        .iter()
+        .flatten()
+        .fold(false, |read_only, option| match option.as_str() {
+            "ro" | "rro" => true,
+            "rw" | "rrw" => false,
+            _ => read_only,
+        })
+}
+
+/// The hooks of the container's side.
+fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
+    let mut kept = Hooks::default();
+    kept.set_create_container(hooks.create_container().clone());
+    kept.set_start_container(hooks.start_container().clone());
+    (kept != Hooks::default()).then_some(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(value: Value) -> Spec {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn example() -> Spec {
+        spec(json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ro"]},
+                {"destination": "/etc/x", "type": "none", "source": "x.conf", "options": ["bind", "ro", "rw"]},
+                {"destination": "/s", "type": "bind", "source": "/s", "options": ["rbind", "rslave"]},
+            ],
+            "hooks": {
+                "prestart": [{"path": "/a"}],
+                "createRuntime": [{"path": "/b"}],
+                "createContainer": [{"path": "/c"}],
+                "poststop": [{"path": "/d"}],
+            },
+            "linux": {
+                "cgroupsPath": "/kube/pod1",
+                "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}],
+            },
+        }))
+    }
+
+    #[test]
+    fn the_guests_part_names_no_path_of_the_host() {
+        let (guest, _) = split("c1", Path::new("/b"), example());
+        let text = serde_json::to_string(&guest).unwrap();
+        for host in [
+            "/srv",
+            "x.conf",
+            "/kube",
+            "/run/netns",
+            "\"/a\"",
+            "\"/b\"",
+            "\"/d\"",
+        ] {
+            assert!(!text.contains(host), "{host} is left in {text}");
+        }
+        let value = serde_json::to_value(&guest).unwrap();
+        assert_eq!(value["root"]["path"], "/run/caisson/share/c1/rootfs");
+        assert_eq!(value["root"]["readonly"], true);
+        assert_eq!(value["mounts"][0]["source"], "proc");
+        assert_eq!(
+            value["mounts"][1]["source"],
+            "/run/caisson/share/c1/mounts/1"
+        );
+        assert_eq!(value["mounts"][1]["options"], json!(["rbind", "ro"]));
+        assert_eq!(value["hooks"], json!({"createContainer": [{"path": "/c"}]}));
+        assert_eq!(
+            value["linux"]["namespaces"],
+            json!([{"type": "network"}, {"type": "pid"}])
+        );
+    }
+
+    #[test]
+    fn the_hosts_part_resolves_paths_against_the_bundle() {
+        let (_, host) = split("c1", Path::new("/b"), example());
+        assert_eq!(host.rootfs, Path::new("/b/rootfs"));
+        assert!(host.rootfs_read_only);
+        let bind = |index, source: &str, recursive, read_only, follows_host| Bind {
+            index,
+            source: source.into(),
+            recursive,
+            read_only,
+            follows_host,
+        };
+        assert_eq!(
+            host.binds,
+            [
+                bind(1, "/srv/data", true, true, false),
+                bind(2, "/b/x.conf", false, false, false),
+                bind(3, "/s", true, false, true),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_absolute_root_stays_where_it_is() {
+        let (_, host) = split(
+            "c",
+            Path::new("/b"),
+            spec(json!({"ociVersion": "1.0.2", "root": {"path": "/r"}})),
+        );
+        assert_eq!(host.rootfs, Path::new("/r"));
+        assert!(!host.rootfs_read_only && host.binds.is_empty());
+    }
+
+    #[test]
+    fn hooks_of_the_host_alone_leave_none_for_the_guest() {
+        let value = json!({"ociVersion": "1.0.2", "hooks": {"poststart": [{"path": "/d"}]}});
+        assert!(split("c", Path::new("/b"), spec(value)).0.hooks().is_none());
+    }
+}

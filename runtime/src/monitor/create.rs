@@ -1,0 +1,424 @@
+//! From an order to a created container: the steps of `create`, each undone if a later one fails.
+
+use std::{
+    fs::{self, OpenOptions},
+    future::Future,
+    io,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use oci_spec::runtime::Spec;
+use rustix::fs::{FlockOperation, Mode, flock};
+
+use super::{
+    hooks::HostHooks,
+    live::{Live, Record},
+    order::{Go, Order, Report, VM_LOCK},
+};
+use crate::{
+    bundle::{Bundle, BundleError, Caller},
+    cgroup::{CgroupError, HostCgroup},
+    config::{Config, ConfigError},
+    control::{ControlError, Listener},
+    forwarded::Signals,
+    guest_spec::{self, HostFiles},
+    log::{Log, LogError},
+    packet::{PacketError, Packets},
+    sandbox::{BootError, Booting, Sandbox, SandboxError, Started, Wanted},
+    share::{self, Share, ShareError},
+    sizing::{self, Host, SizingError},
+    state::{State, StateDir, StateError, Status, timestamp},
+    stdio,
+    terminal::{self, Size, TerminalError},
+    vmm::Machine,
+};
+
+/// Why a container was not created.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CreateError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Sizing(#[from] SizingError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error("unable to start container process")]
+    Sandbox(#[from] SandboxError),
+    #[error(transparent)]
+    Terminal(#[from] TerminalError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("write the guest's specification")]
+    Spec(#[source] serde_json::Error),
+    #[error("report to the caller")]
+    Report(#[from] PacketError),
+    #[error("{step}")]
+    Host {
+        step: &'static str,
+        source: io::Error,
+    },
+    #[error("the caller is gone")]
+    Abandoned,
+}
+
+/// The caller's descriptors, as attached to the order.
+#[derive(Debug)]
+pub(super) struct CallerFiles {
+    pub(super) stdin: OwnedFd,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+}
+
+/// Where the container's standard streams go.
+struct Streams {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+    /// The terminal whose size the container's follows.
+    terminal: Option<OwnedFd>,
+    size: Option<Size>,
+}
+
+/// Creates the container, and starts it if that was ordered.
+pub(super) async fn create(
+    order: Order,
+    fds: Vec<OwnedFd>,
+    report: &Packets,
+) -> Result<Live, CreateError> {
+    let files = caller_files(fds)?;
+    let log = match &order.log {
+        Some((path, format, debug)) => Some(Log::open(Some(path), format, *debug)?),
+        None => None,
+    };
+    let config = Config::load()?;
+    let bundle = Bundle::load(&order.bundle, &config)?;
+    let caller = Caller {
+        detach: order.detach,
+        console_socket: order.console_socket.is_some(),
+    };
+    bundle.check_terminal(caller)?;
+    let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, Host::detect())?;
+    // Nothing so far has left a trace. The session's end is this process's own from here on.
+    rustix::process::setsid().map_err(host("leave the caller's session"))?;
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    let dir = StateDir::claim(&order.root, &order.id)?;
+    report.send(&Report::Claimed, &[]).await?;
+    for warning in &bundle.warnings {
+        report.send(&Report::Warning(warning.clone()), &[]).await?;
+    }
+    let mut state = first_state(&order, &bundle);
+    dir.store(&state)?;
+    let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.systemd_cgroup)?;
+    state.cgroup = Some(cgroup.path().to_owned());
+    dir.store(&state)?;
+    let inside = Inside::enter(&cgroup)?;
+    let hooks = HostHooks::of(&bundle.spec);
+    hooks
+        .store(dir.path())
+        .map_err(|source| CreateError::Host {
+            step: "keep the hooks",
+            source,
+        })?;
+
+    let id = order.id.as_str();
+    let (mut guest, host_files) = guest_spec::split(id, &bundle.path, bundle.spec.clone());
+    share::enter_private_namespace()?;
+    let share = Share::make(&dir.path().join("share"))?;
+    share.add(id, &host_files)?;
+    let signals = Signals::catch().map_err(|source| CreateError::Host {
+        step: "catch signals",
+        source,
+    })?;
+    let kernel = bundle.vm.as_ref().and_then(|vm| vm.kernel.as_ref());
+    let cmdline = kernel.map_or_else(
+        || config.kernel_params.clone(),
+        |kernel| kernel.parameters.join(" "),
+    );
+    let booting = Booting::start(Machine {
+        program: &config.vmm,
+        kernel: kernel.map_or(&config.kernel, |kernel| &kernel.path),
+        initramfs: kernel
+            .and_then(|kernel| kernel.initrd.as_ref())
+            .unwrap_or(&config.initramfs),
+        cmdline: &cmdline,
+        vcpus: size.vcpus,
+        memory: size.memory,
+        huge_pages: config.huge_pages,
+        boot_deadline: Duration::from_millis(config.boot_timeout_ms),
+        share: share.root()?,
+        console: config
+            .debug_console
+            .then(|| log_file(dir.path()))
+            .transpose()?,
+        alive: Some(lock_file(dir.path())?),
+    })?;
+    let streams = streams(files, &order, &guest, report).await?;
+    set_console_size(&mut guest, streams.size);
+    let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
+
+    let created = async {
+        if hooks.precede_creation() {
+            report.send(&Report::Hooks, &[]).await?;
+            go(report).await?;
+        }
+        let set_up = set_up(&sandbox, id, &guest, streams, &share, &host_files);
+        let terminal_and_progress = unless_abandoned(report, set_up).await??;
+        let listener = Listener::bind(dir.path())?;
+        state.status = Status::Created;
+        dir.store(&state)?;
+        if order.start {
+            unless_abandoned(report, sandbox.start(id)).await??;
+            state.status = Status::Running;
+            dir.store(&state)?;
+        }
+        report.send(&Report::Ready { pid: state.pid }, &[]).await?;
+        Ok::<_, CreateError>((terminal_and_progress, listener))
+    };
+    match created.await {
+        Ok(((terminal, progress), listener)) => {
+            inside.stay();
+            drop(cgroup.keep());
+            let record = Record::new(dir.keep(), state);
+            Ok(Live {
+                sandbox,
+                record,
+                listener,
+                progress,
+                terminal,
+                signals,
+                share,
+                log,
+            })
+        }
+        Err(error) => {
+            sandbox.stop().await;
+            Err(error)
+        }
+    }
+}
+
+type Flowing = (Option<OwnedFd>, [Option<stdio::Progress>; 2]);
+
+/// The container in the guest, its streams flowing, its root file system as writable as it stays.
+async fn set_up(
+    sandbox: &Sandbox,
+    id: &str,
+    guest: &Spec,
+    streams: Streams,
+    share: &Share,
+    files: &HostFiles,
+) -> Result<Flowing, CreateError> {
+    let spec = serde_json::to_vec(guest).map_err(CreateError::Spec)?;
+    let Started {
+        streams: guest_ends,
+        ..
+    } = sandbox
+        .create(id, spec, Wanted::all(streams.terminal.is_some(), 0))
+        .await?;
+    share.seal(id, files)?;
+    let failed = |source| CreateError::Host {
+        step: "pass the standard streams on",
+        source,
+    };
+    if let Some(stdin) = guest_ends.stdin {
+        stdio::input(streams.stdin, stdin).map_err(failed)?;
+    }
+    let output = |from: Option<OwnedFd>, to| from.map(|from| stdio::output(from, to)).transpose();
+    let stdout = output(guest_ends.stdout, streams.stdout).map_err(failed)?;
+    let stderr = output(guest_ends.stderr, streams.stderr).map_err(failed)?;
+    Ok((streams.terminal, [stdout, stderr]))
+}
+
+/// Decides what stands for the container's terminal, and gets hold of it.
+async fn streams(
+    files: CallerFiles,
+    order: &Order,
+    guest: &Spec,
+    report: &Packets,
+) -> Result<Streams, CreateError> {
+    let CallerFiles {
+        stdin,
+        stdout,
+        stderr,
+    } = files;
+    let process = guest.process().as_ref();
+    if !process
+        .and_then(|process| process.terminal())
+        .unwrap_or(false)
+    {
+        return Ok(Streams {
+            stdin,
+            stdout,
+            stderr,
+            terminal: None,
+            size: None,
+        });
+    }
+    let twin = |fd: &OwnedFd| {
+        fd.try_clone().map_err(|source| CreateError::Host {
+            step: "share the terminal",
+            source,
+        })
+    };
+    let asked = process
+        .and_then(|process| process.console_size())
+        .and_then(|size| {
+            Some((
+                u16::try_from(size.height()).ok()?,
+                u16::try_from(size.width()).ok()?,
+            ))
+        });
+    if let Some(socket) = &order.console_socket {
+        let slave = terminal::behind_console_socket(socket, asked)?;
+        let (stdin, stdout) = (twin(&slave)?, twin(&slave)?);
+        return Ok(Streams {
+            stdin,
+            stdout,
+            stderr,
+            size: asked,
+            terminal: Some(slave),
+        });
+    }
+    report.send(&Report::Terminal, &[]).await?;
+    let size = go(report).await?.size;
+    let terminal = [&stdout, &stdin, &stderr]
+        .into_iter()
+        .find(|fd| rustix::termios::isatty(fd));
+    // Without any terminal among them the size cannot change either; any descriptor will do.
+    let terminal = Some(twin(terminal.unwrap_or(&stderr))?);
+    Ok(Streams {
+        stdin,
+        stdout,
+        stderr,
+        terminal,
+        size: asked.or(size),
+    })
+}
+
+fn set_console_size(guest: &mut Spec, size: Option<Size>) {
+    if let (Some(size), Some(process)) = (size, guest.process_mut()) {
+        process.set_console_size(terminal::console_size(size));
+    }
+}
+
+/// This process in the sandbox's cgroup; dropping it goes back, so that the cgroup can be removed.
+struct Inside {
+    before: Option<PathBuf>,
+}
+
+impl Inside {
+    fn enter(cgroup: &HostCgroup) -> Result<Self, CreateError> {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        let before = own.map(|path| Path::new("/sys/fs/cgroup").join(path).join("cgroup.procs"));
+        cgroup.join()?;
+        Ok(Self { before })
+    }
+
+    fn stay(mut self) {
+        self.before = None;
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        if let Some(procs) = &self.before {
+            // Then the cgroup stays for `delete --force`.
+            let _ = fs::write(procs, "0");
+        }
+    }
+}
+
+/// Waits for the caller's word.
+async fn go(report: &Packets) -> Result<Go, CreateError> {
+    report
+        .receive::<Go>()
+        .await?
+        .map(|(go, _)| go)
+        .ok_or(CreateError::Abandoned)
+}
+
+/// A step of the guest's, unless the caller hangs up meanwhile.
+async fn unless_abandoned<T>(
+    report: &Packets,
+    step: impl Future<Output = T>,
+) -> Result<T, CreateError> {
+    tokio::select! {
+        biased;
+        done = step => Ok(done),
+        _ = report.receive::<Go>() => Err(CreateError::Abandoned),
+    }
+}
+
+fn caller_files(fds: Vec<OwnedFd>) -> Result<CallerFiles, CreateError> {
+    let mut fds = fds.into_iter();
+    let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
+        return Err(CreateError::Abandoned);
+    };
+    Ok(CallerFiles {
+        stdin,
+        stdout,
+        stderr,
+    })
+}
+
+fn first_state(order: &Order, bundle: &Bundle) -> State {
+    State {
+        oci_version: bundle.spec.version().clone(),
+        id: order.id.clone(),
+        pid: std::process::id(),
+        status: Status::Creating,
+        bundle: bundle.path.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: timestamp(SystemTime::now()),
+        annotations: bundle.spec.annotations().clone(),
+        cgroup: None,
+    }
+}
+
+fn log_file(dir: &Path) -> Result<OwnedFd, CreateError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(dir.join("console.log"))
+        .map(Into::into)
+        .map_err(|source| CreateError::Host {
+            step: "open the guest's console log",
+            source,
+        })
+}
+
+/// The file whose lock the VMM holds for as long as it lives.
+fn lock_file(dir: &Path) -> Result<OwnedFd, CreateError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.join(VM_LOCK));
+    let file = file.map_err(|source| CreateError::Host {
+        step: "make the VMM's lock",
+        source,
+    })?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(host("lock the VMM's lock"))?;
+    Ok(file.into())
+}
+
+fn host(step: &'static str) -> impl Fn(rustix::io::Errno) -> CreateError {
+    move |errno| CreateError::Host {
+        step,
+        source: errno.into(),
+    }
+}

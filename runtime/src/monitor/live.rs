@@ -1,0 +1,185 @@
+//! A created container's life, to its end: commands, signals, the last byte of output, the exit status.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    process::ExitCode,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::task::JoinSet;
+
+use super::{order::Report, serve};
+use crate::{
+    control::Listener,
+    forwarded::{Signals, WINDOW_CHANGE},
+    log::Log,
+    packet::Packets,
+    sandbox::{Exit, INIT, LOST, Sandbox, SandboxError},
+    share::Share,
+    state::{State, StateDir, Status},
+    stdio::Progress,
+    terminal,
+};
+
+/// How long commands that are still being answered may take when the container has ended.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// A container that has been created.
+pub(super) struct Live {
+    pub(super) sandbox: Sandbox,
+    pub(super) record: Record,
+    pub(super) listener: Listener,
+    /// Standard output and standard error.
+    pub(super) progress: [Option<Progress>; 2],
+    /// The terminal whose size the container's follows.
+    pub(super) terminal: Option<OwnedFd>,
+    pub(super) signals: Signals,
+    /// Unmounted when dropped, after the sandbox is gone.
+    pub(super) share: Share,
+    pub(super) log: Option<Log>,
+}
+
+/// The container's state on disk and in memory; clones are the same record.
+#[derive(Debug, Clone)]
+pub(super) struct Record(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    dir: StateDir,
+    /// Held for the write of one small file, never across an await.
+    state: Mutex<State>,
+    processes: AtomicU64,
+}
+
+impl Record {
+    pub(super) fn new(dir: StateDir, state: State) -> Self {
+        Self(Arc::new(Shared {
+            dir,
+            state: Mutex::new(state),
+            processes: AtomicU64::new(0),
+        }))
+    }
+
+    pub(super) fn id(&self) -> String {
+        self.0
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .id
+            .as_str()
+            .to_owned()
+    }
+
+    /// A name for one more process.
+    pub(super) fn next_process_id(&self) -> String {
+        format!("exec-{}", self.0.processes.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Writes a new status. Once stopped, a container stays so.
+    pub(super) fn set(&self, status: Status) -> Result<(), crate::state::StateError> {
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.status == Status::Stopped || state.status == status {
+            return Ok(());
+        }
+        state.status = status;
+        if status == Status::Stopped {
+            state.pid = 0;
+        }
+        self.0.dir.store(&state)
+    }
+}
+
+impl Live {
+    /// Serves until the container has ended and all its output has been passed on; answers its exit status.
+    pub(super) async fn serve(self, report: &Packets) -> ExitCode {
+        let Self {
+            sandbox,
+            record,
+            listener,
+            progress,
+            terminal,
+            mut signals,
+            share,
+            log,
+        } = self;
+        let id = record.id();
+        let mut answering = JoinSet::new();
+        let end = end_of(&sandbox, &id, progress);
+        tokio::pin!(end);
+        let (status, lost) = loop {
+            tokio::select! {
+                ended = &mut end => break ended,
+                accepted = listener.accept() => if let Ok(connection) = accepted {
+                    answering.spawn(serve::connection(connection, sandbox.clone(), record.clone()));
+                },
+                number = signals.next() => {
+                    let size = terminal.as_ref().and_then(|fd| terminal::size(fd.as_fd()));
+                    tokio::spawn(pass_on(sandbox.clone(), id.clone(), number, size));
+                }
+                Some(_) = answering.join_next() => {}
+            }
+        };
+        if let Some(how) = lost {
+            if let Some(log) = &log {
+                log.error(&how);
+            }
+            // `create` has gone long ago; `run` in the foreground is there.
+            let _ = report.send(&Report::Lost(how), &[]).await;
+        }
+        let stored = record.set(Status::Stopped);
+        sandbox.stop().await;
+        // Commands that wait for processes of this container learn now that there are none left.
+        let _ = tokio::time::timeout(LAST_ANSWERS, async {
+            while answering.join_next().await.is_some() {}
+        })
+        .await;
+        drop(share);
+        if let (Err(error), Some(log)) = (stored, &log) {
+            log.error(&crate::error::message(&error));
+        }
+        ExitCode::from(status)
+    }
+}
+
+/// Waits for init's end and for its last byte of output.
+async fn end_of(
+    sandbox: &Sandbox,
+    id: &str,
+    [stdout, stderr]: [Option<Progress>; 2],
+) -> (u8, Option<String>) {
+    let (exit, lost) = match sandbox.wait(id, INIT).await {
+        Ok(exit) => (exit, None),
+        Err(error) => {
+            let all = Exit {
+                status: LOST,
+                oom_killed: false,
+                stdout_bytes: u64::MAX,
+                stderr_bytes: u64::MAX,
+            };
+            let how = match error {
+                SandboxError::Ended(how) => format!("the virtual machine ended: {how}"),
+                other => crate::error::message(&other),
+            };
+            (all, Some(how))
+        }
+    };
+    for (stream, bytes) in [(stdout, exit.stdout_bytes), (stderr, exit.stderr_bytes)] {
+        if let Some(mut stream) = stream {
+            stream.reached(bytes).await;
+        }
+    }
+    (exit.status, lost)
+}
+
+/// A changed window resizes the container's terminal, which signals whoever reads from it; the rest goes to init.
+async fn pass_on(sandbox: Sandbox, id: String, number: i32, size: Option<terminal::Size>) {
+    // A signal that the container can no longer take is like one sent to a process that has just ended.
+    let _ = match size {
+        Some(size) if number == WINDOW_CHANGE => sandbox.resize(&id, INIT, size).await,
+        _ => sandbox.signal(&id, INIT, number, false).await,
+    };
+}

@@ -1,0 +1,78 @@
+//! The monitor: the process that holds one sandbox for the command line, and stands for its container on the host.
+//!
+//! ```text
+//!  caisson create --socket pair--> caisson monitor --spec, fds--> caisson-vmm
+//!                   Order ->           |
+//!                   <- Report          +-- control.sock <-- caisson start, exec, kill, ...
+//! ```
+//!
+//! Contract: its pid is the one in the pid file, and it ends with the container's exit status. `create` and `run` start
+//! it and hear of it over a socket pair; until it has reported [`Report::Ready`] it lives only as long as they do.
+//! It holds the lock on the container's directory until its end.
+//! Not here: the sandbox (`sandbox/`), hooks, pid files and removal, which are the commands' (`commands/`).
+
+mod create;
+mod hooks;
+mod live;
+mod order;
+mod serve;
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    process::ExitCode,
+};
+
+pub use self::{
+    hooks::{HostHooks, hook_state},
+    order::{Go, Order, Program, Report, Supervised, VM_LOCK, is_abandoned},
+};
+use crate::packet::{self, Packets};
+
+/// The hidden command that starts a monitor.
+pub const COMMAND: &str = "monitor";
+
+/// Takes the socket that stands in for standard input, and puts `/dev/null` in its place.
+pub(crate) fn inherited_socket() -> io::Result<OwnedFd> {
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+    let null = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    Ok(socket)
+}
+
+/// A runtime with one thread: this one.
+pub(crate) fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+}
+
+/// The whole life of a monitor.
+pub fn main() -> ExitCode {
+    let Ok(socket) = inherited_socket() else {
+        return ExitCode::FAILURE;
+    };
+    // Without an order there is nobody who could be told.
+    let Ok(Some((order, fds))) = packet::receive::<Order>(socket.as_fd()) else {
+        return ExitCode::FAILURE;
+    };
+    let Ok(runtime) = runtime() else {
+        return ExitCode::FAILURE;
+    };
+    runtime.block_on(async {
+        let Ok(report) = Packets::new(socket) else {
+            return ExitCode::FAILURE;
+        };
+        match create::create(order, fds, &report).await {
+            Ok(live) => live.serve(&report).await,
+            Err(error) => {
+                let message = crate::error::message(&error);
+                // Whoever gave the order may be gone; then it has no use for the reason either.
+                let _ = report.send(&Report::Failed(message), &[]).await;
+                ExitCode::FAILURE
+            }
+        }
+    })
+}

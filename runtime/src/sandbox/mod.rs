@@ -1,0 +1,290 @@
+//! A sandbox: one virtual machine and the containers in it, held by one task.
+//!
+//! ```text
+//!  Booting::start --VMM runs--> Booting --agent dials--> Ready --spawn--> Sandbox (a handle) + Owner (the task)
+//! ```
+//!
+//! Contract: [`Sandbox`] is the only way to a sandbox's containers, for every door (command line, shim). Its calls may
+//! run concurrently and be cancelled; each ends when the guest answers, when its deadline passes, or when the virtual
+//! machine ends, and then says why it did. The virtual machine ends with the last handle.
+//! Not here: what a bundle says, the shared directory's contents, state on disk, who the caller is.
+
+mod boot;
+mod owner;
+mod ports;
+mod status;
+
+use std::os::fd::OwnedFd;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use self::{
+    boot::{BootError, Booting, Ready},
+    status::{Event, Refused, after},
+};
+pub use crate::agent::Exit;
+use crate::{
+    agent::AgentError,
+    state::Status,
+    vmm::{Ended, VmmError},
+};
+use owner::Message;
+
+/// The process id of a container's init.
+pub const INIT: &str = "";
+
+/// The exit status of everything in a sandbox whose virtual machine ended first.
+pub const LOST: u8 = 137;
+
+/// Why a sandbox did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The agent refused or failed.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// Not in this state.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// No such container or process here.
+    #[error("no such {0}")]
+    NotFound(&'static str),
+    /// The name is taken.
+    #[error("this {0} exists already")]
+    Exists(&'static str),
+    /// The virtual machine is over.
+    #[error("the virtual machine has ended: {0}")]
+    Ended(Ended),
+    /// The VMM cannot be spoken to.
+    #[error("the virtual machine does not answer")]
+    Vmm(#[from] VmmError),
+    /// The agent answered, but did not connect a stream first.
+    #[error("the guest did not connect the standard streams")]
+    Streams,
+    /// The host refused something.
+    #[error("open ports for the standard streams")]
+    Ports(#[source] std::io::Error),
+}
+
+/// Which streams a process wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// Standard input.
+    pub stdin: bool,
+    /// Standard output; with a terminal, the terminal.
+    pub stdout: bool,
+    /// Standard error; not with a terminal.
+    pub stderr: bool,
+    /// How many descriptors from 3 upwards.
+    pub preserved: u32,
+}
+
+impl Wanted {
+    /// All three streams, or the two directions of a terminal.
+    pub const fn all(terminal: bool, preserved: u32) -> Self {
+        Self {
+            stdin: true,
+            stdout: true,
+            stderr: !terminal,
+            preserved,
+        }
+    }
+}
+
+/// The host's ends of a process's streams: connected, blocking stream sockets.
+#[derive(Debug, Default)]
+pub struct Streams {
+    /// Written by the host; shut down for end of file.
+    pub stdin: Option<OwnedFd>,
+    /// Read by the host.
+    pub stdout: Option<OwnedFd>,
+    /// Read by the host.
+    pub stderr: Option<OwnedFd>,
+    /// Descriptors from 3 upwards, both directions.
+    pub preserved: Vec<OwnedFd>,
+}
+
+/// A new process.
+#[derive(Debug)]
+pub struct Started {
+    /// Its pid in the guest.
+    pub pid: u32,
+    /// Its streams.
+    pub streams: Streams,
+}
+
+/// One more process for a container.
+#[derive(Debug)]
+pub struct ExecRequest {
+    /// Unique in its container; not empty.
+    pub process_id: String,
+    /// The process object of `config.json`, complete.
+    pub process: Vec<u8>,
+    /// Its streams.
+    pub wanted: Wanted,
+    /// Even in a paused container.
+    pub ignore_paused: bool,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
+
+/// A handle to a running sandbox; clones are the same sandbox.
+#[derive(Debug, Clone)]
+pub struct Sandbox {
+    inbox: mpsc::Sender<Message>,
+    ended: watch::Receiver<Option<Ended>>,
+}
+
+impl Sandbox {
+    /// Sets a container up as far as its parked init. `spec` is the specification as the guest applies it.
+    pub async fn create(
+        &self,
+        id: &str,
+        spec: Vec<u8>,
+        wanted: Wanted,
+    ) -> Result<Started, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Create {
+            id,
+            spec,
+            wanted,
+            reply,
+        })
+        .await
+    }
+
+    /// Lets a container's init go on; answers after its `execve`.
+    pub async fn start(&self, id: &str) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Start { id, reply }).await
+    }
+
+    /// Starts one more process; answers after its `execve`.
+    pub async fn exec(&self, id: &str, request: ExecRequest) -> Result<Started, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Exec { id, request, reply }).await
+    }
+
+    /// Waits until a process has ended. An exec'd process is forgotten once that has been told.
+    pub async fn wait(&self, id: &str, process_id: &str) -> Result<Exit, SandboxError> {
+        let (id, process_id) = (id.to_owned(), process_id.to_owned());
+        self.ask(|reply| Message::Wait {
+            id,
+            process_id,
+            reply,
+        })
+        .await
+    }
+
+    /// Sends a signal to a process or to all processes of its container. `SIGKILL` always works: if the guest does not
+    /// answer, its virtual machine is ended.
+    pub async fn signal(
+        &self,
+        id: &str,
+        process_id: &str,
+        signal: i32,
+        all: bool,
+    ) -> Result<(), SandboxError> {
+        let (id, process_id) = (id.to_owned(), process_id.to_owned());
+        self.ask(|reply| Message::Signal {
+            id,
+            process_id,
+            signal,
+            all,
+            reply,
+        })
+        .await
+    }
+
+    /// Tells a process's terminal its size, as (rows, columns).
+    pub async fn resize(
+        &self,
+        id: &str,
+        process_id: &str,
+        size: (u16, u16),
+    ) -> Result<(), SandboxError> {
+        let (id, process_id) = (id.to_owned(), process_id.to_owned());
+        self.ask(|reply| Message::Resize {
+            id,
+            process_id,
+            size,
+            reply,
+        })
+        .await
+    }
+
+    /// Freezes a container.
+    pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Freeze {
+            id,
+            event: Event::Pause,
+            reply,
+        })
+        .await
+    }
+
+    /// Lets a frozen container go on.
+    pub async fn resume(&self, id: &str) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Freeze {
+            id,
+            event: Event::Resume,
+            reply,
+        })
+        .await
+    }
+
+    /// The pids of a container's processes, in the guest.
+    pub async fn processes(&self, id: &str) -> Result<Vec<u32>, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Processes { id, reply }).await
+    }
+
+    /// Where a container is in its life.
+    pub async fn status(&self, id: &str) -> Result<Status, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Status { id, reply }).await
+    }
+
+    /// Removes a stopped container from the guest.
+    pub async fn delete(&self, id: &str) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Delete { id, reply }).await
+    }
+
+    /// Ends the virtual machine and answers when its process is gone.
+    pub async fn stop(&self) -> Ended {
+        // If the owner has ended already there is nobody to tell.
+        let _ = self.inbox.send(Message::Stop).await;
+        self.ended().await
+    }
+
+    /// Waits until the virtual machine has ended, for whatever reason.
+    pub async fn ended(&self) -> Ended {
+        let mut ended = self.ended.clone();
+        match ended
+            .wait_for(Option::is_some)
+            .await
+            .map(|ended| ended.clone())
+        {
+            Ok(Some(ended)) => ended,
+            // The owner always says why before it ends; without it the runtime is being torn down.
+            Ok(None) | Err(_) => Ended {
+                cause: caisson_vmm_spec::Cause::HostError,
+                message: "the owner of the sandbox is gone".to_owned(),
+                console: Vec::new(),
+            },
+        }
+    }
+
+    /// One question to the owner. No answer means that the virtual machine ended.
+    async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, SandboxError> {
+        let (reply, answer) = oneshot::channel();
+        if self.inbox.send(message(reply)).await.is_ok()
+            && let Ok(answer) = answer.await
+        {
+            return answer;
+        }
+        Err(SandboxError::Ended(self.ended().await))
+    }
+}

@@ -1,0 +1,706 @@
+//! The owner: the one task that holds a sandbox's virtual machine and its containers.
+//!
+//! Contract: everything that happens to a sandbox is a [`Message`] in its inbox or an event of the VMM, taken one at a
+//! time. The owner never waits for the guest: a call to the agent runs as a task of its own, whose result comes back as
+//! a message. A question that it cannot answer because the virtual machine ended is dropped unanswered; the handle then
+//! tells the asker why (`Sandbox::ask`).
+//! Not here: the table of states (`status.rs`), streams before they are connected (`ports.rs`).
+
+use std::{collections::HashMap, future::Future, os::fd::OwnedFd, time::Duration};
+
+use caisson_vmm_spec::{Cause, Event as VmEvent, Request};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+
+use super::{
+    Event, ExecRequest, Exit, INIT, Refused, Reply, Sandbox, SandboxError, Started, Status,
+    Streams, Wanted, after, boot::LAST_BREATH, ports::Ports,
+};
+use crate::{
+    agent::{Agent, AgentError, StreamPorts},
+    vmm::{Ended, Vmm},
+};
+
+/// How many requests may queue before askers wait.
+const INBOX: usize = 64;
+
+/// How long the streams that the agent dialled may take to arrive after its answer: they were accepted before it.
+const STREAMS_ARRIVE: Duration = Duration::from_secs(10);
+
+/// How long a virtual machine may live on after its agent has hung up; a panicking guest needs a moment to say so.
+const AFTER_AGENT: Duration = Duration::from_secs(3);
+
+/// What the owner is told.
+#[derive(Debug)]
+pub(super) enum Message {
+    Create {
+        id: String,
+        spec: Vec<u8>,
+        wanted: Wanted,
+        reply: Reply<Started>,
+    },
+    Start {
+        id: String,
+        reply: Reply<()>,
+    },
+    Exec {
+        id: String,
+        request: ExecRequest,
+        reply: Reply<Started>,
+    },
+    Wait {
+        id: String,
+        process_id: String,
+        reply: Reply<Exit>,
+    },
+    Signal {
+        id: String,
+        process_id: String,
+        signal: i32,
+        all: bool,
+        reply: Reply<()>,
+    },
+    Resize {
+        id: String,
+        process_id: String,
+        size: (u16, u16),
+        reply: Reply<()>,
+    },
+    Freeze {
+        id: String,
+        event: Event,
+        reply: Reply<()>,
+    },
+    Processes {
+        id: String,
+        reply: Reply<Vec<u32>>,
+    },
+    Status {
+        id: String,
+        reply: Reply<Status>,
+    },
+    Delete {
+        id: String,
+        reply: Reply<()>,
+    },
+    Stop,
+    Done(Done),
+}
+
+/// What a task that called the agent brings back.
+#[derive(Debug)]
+pub(super) enum Done {
+    Created {
+        id: String,
+        result: Result<Started, SandboxError>,
+        reply: Reply<Started>,
+    },
+    Changed {
+        id: String,
+        event: Event,
+        result: Result<(), AgentError>,
+        reply: Reply<()>,
+    },
+    Execed {
+        id: String,
+        process_id: String,
+        result: Result<Started, SandboxError>,
+        reply: Reply<Started>,
+    },
+    Ended {
+        id: String,
+        process_id: String,
+        result: Result<Exit, AgentError>,
+    },
+    Deleted {
+        id: String,
+        result: Result<(), AgentError>,
+        reply: Reply<()>,
+    },
+    Unkillable,
+    AgentGone,
+}
+
+/// A container as its owner sees it.
+#[derive(Debug)]
+struct Container {
+    status: Status,
+    /// Init under [`INIT`], and what `exec` started.
+    processes: HashMap<String, Process>,
+}
+
+/// A process: still running for as long as it has no exit.
+#[derive(Debug, Default)]
+struct Process {
+    exit: Option<Exit>,
+    waiting: Vec<Reply<Exit>>,
+}
+
+struct Owner {
+    agent: Agent,
+    ports: Ports,
+    containers: HashMap<String, Container>,
+    outbox: mpsc::WeakSender<Message>,
+    /// Why the owner itself is ending the virtual machine, and by when it must be gone.
+    ending: Option<(Ended, Instant)>,
+}
+
+/// Starts the owner.
+pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
+    let (outbox, inbox) = mpsc::channel(INBOX);
+    let (tell, ended) = watch::channel(None);
+    let owner = Owner {
+        agent,
+        ports: Ports::default(),
+        containers: HashMap::new(),
+        outbox: outbox.downgrade(),
+        ending: None,
+    };
+    tokio::spawn(async move {
+        let how = owner.run(vmm, inbox).await;
+        tell.send_replace(Some(how));
+    });
+    Sandbox {
+        inbox: outbox,
+        ended,
+    }
+}
+
+impl Owner {
+    /// Serves until the virtual machine has ended.
+    async fn run(mut self, mut vmm: Vmm, mut inbox: mpsc::Receiver<Message>) -> Ended {
+        let reported = loop {
+            let deadline = self.ending.as_ref().map(|(_, deadline)| *deadline);
+            tokio::select! {
+                biased;
+                event = vmm.event() => match event {
+                    Ok(Some((VmEvent::Accepted { port }, Some(stream)))) => {
+                        self.ports.arrive(port, stream);
+                    }
+                    Ok(Some((VmEvent::Ended { cause, message, console }, _))) => {
+                        break Some(Ended::reported(cause, &message, &console));
+                    }
+                    Ok(Some(_)) => {}
+                    // A VMM that speaks nonsense is as good as one that is gone.
+                    Ok(None) | Err(_) => break None,
+                },
+                message = inbox.recv() => match message {
+                    Some(message) => self.handle(message, &vmm).await,
+                    // The last handle is gone.
+                    None => {
+                        vmm.kill();
+                        break Some(ended(Cause::PowerOff, "its owner is gone"));
+                    }
+                },
+                () = until(deadline) => break None,
+            }
+        };
+        // Nobody is answered from here on; the handles learn the cause.
+        inbox.close();
+        self.containers.clear();
+        let ending = self.ending.take();
+        if ending.is_some() && reported.is_none() {
+            vmm.kill();
+        }
+        let observed = vmm.end(LAST_BREATH).await;
+        match (ending, reported) {
+            (Some((why, _)), Some(reported)) if reported.cause == Cause::PowerOff => why,
+            (_, Some(reported)) => reported,
+            (Some((why, _)), None) => why,
+            (None, None) => observed,
+        }
+    }
+
+    async fn handle(&mut self, message: Message, vmm: &Vmm) {
+        match message {
+            Message::Create {
+                id,
+                spec,
+                wanted,
+                reply,
+            } => self.create(id, spec, wanted, reply),
+            Message::Start { id, reply } => {
+                let agent = self.agent.clone();
+                let call = {
+                    let id = id.clone();
+                    async move { agent.start(&id).await }
+                };
+                self.change(id, Event::Start, call, reply);
+            }
+            Message::Freeze { id, event, reply } => {
+                let agent = self.agent.clone();
+                let call = {
+                    let id = id.clone();
+                    async move {
+                        if event == Event::Pause {
+                            agent.pause(&id).await
+                        } else {
+                            agent.resume(&id).await
+                        }
+                    }
+                };
+                self.change(id, event, call, reply);
+            }
+            Message::Exec { id, request, reply } => self.exec(id, request, reply),
+            Message::Wait {
+                id,
+                process_id,
+                reply,
+            } => self.wait(&id, &process_id, reply),
+            Message::Signal {
+                id,
+                process_id,
+                signal,
+                all,
+                reply,
+            } => {
+                self.signal(id, process_id, signal, all, reply);
+            }
+            Message::Resize {
+                id,
+                process_id,
+                size,
+                reply,
+            } => {
+                let agent = self.agent.clone();
+                self.call(reply, async move {
+                    Ok(agent.resize(&id, &process_id, size).await?)
+                });
+            }
+            Message::Processes { id, reply } => {
+                let agent = self.agent.clone();
+                self.call(reply, async move { Ok(agent.processes(&id).await?) });
+            }
+            Message::Status { id, reply } => {
+                let status = self.container(&id).map(|container| container.status);
+                answer(reply, status);
+            }
+            Message::Delete { id, reply } => self.delete(id, reply),
+            Message::Stop => {
+                self.end(ended(Cause::PowerOff, "it was stopped"), LAST_BREATH);
+                // If the VMM no longer listens it is gone or hung; the deadline covers both.
+                let _ = tokio::time::timeout(LAST_BREATH, vmm.request(&Request::Stop)).await;
+            }
+            Message::Done(done) => self.done(done),
+        }
+    }
+
+    fn create(&mut self, id: String, spec: Vec<u8>, wanted: Wanted, reply: Reply<Started>) {
+        if self.containers.contains_key(&id) {
+            return answer(reply, Err(SandboxError::Exists("container")));
+        }
+        let (ports, arriving) = match self.open(wanted) {
+            Ok(open) => open,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let container = Container {
+            status: Status::Creating,
+            processes: HashMap::new(),
+        };
+        self.containers.insert(id.clone(), container);
+        let agent = self.agent.clone();
+        self.task(async move {
+            let result = async {
+                let pid = agent.create(&id, spec, &ports).await?;
+                Ok(Started {
+                    pid,
+                    streams: arriving.connected().await?,
+                })
+            };
+            Done::Created {
+                result: result.await,
+                id,
+                reply,
+            }
+        });
+    }
+
+    fn exec(&mut self, id: String, request: ExecRequest, reply: Reply<Started>) {
+        let ExecRequest {
+            process_id,
+            process,
+            wanted,
+            ignore_paused,
+        } = request;
+        let allowed = self.container(&id).and_then(|container| {
+            after(container.status, Event::Exec)?;
+            if container.status == Status::Paused && !ignore_paused {
+                return Err(Refused {
+                    from: Status::Paused,
+                    event: Event::Exec,
+                }
+                .into());
+            }
+            if container.processes.contains_key(&process_id) || process_id == INIT {
+                return Err(SandboxError::Exists("process"));
+            }
+            Ok(())
+        });
+        let open = allowed.and_then(|()| self.open(wanted));
+        let (ports, arriving) = match open {
+            Ok(open) => open,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        if let Some(container) = self.containers.get_mut(&id) {
+            container
+                .processes
+                .insert(process_id.clone(), Process::default());
+        }
+        let agent = self.agent.clone();
+        self.task(async move {
+            let result = async {
+                let pid = agent
+                    .exec(&id, &process_id, process, &ports, ignore_paused)
+                    .await?;
+                Ok(Started {
+                    pid,
+                    streams: arriving.connected().await?,
+                })
+            };
+            Done::Execed {
+                result: result.await,
+                id,
+                process_id,
+                reply,
+            }
+        });
+    }
+
+    fn wait(&mut self, id: &str, process_id: &str, reply: Reply<Exit>) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return answer(reply, Err(SandboxError::NotFound("container")));
+        };
+        let Some(process) = container.processes.get_mut(process_id) else {
+            return answer(reply, Err(SandboxError::NotFound("process")));
+        };
+        match process.exit {
+            None => process.waiting.push(reply),
+            Some(exit) => {
+                if process_id != INIT {
+                    container.processes.remove(process_id);
+                }
+                answer(reply, Ok(exit));
+            }
+        }
+    }
+
+    fn signal(&mut self, id: String, process_id: String, signal: i32, all: bool, reply: Reply<()>) {
+        if let Err(error) = self
+            .container(&id)
+            .and_then(|container| Ok(after(container.status, Event::Signal)?))
+        {
+            return answer(reply, Err(error));
+        }
+        let agent = self.agent.clone();
+        let outbox = self.outbox.clone();
+        let deadly = signal == rustix::process::Signal::KILL.as_raw();
+        self.call(reply, async move {
+            match agent.signal(&id, &process_id, signal, all).await {
+                Err(AgentError::Silent { .. } | AgentError::Nonsense { .. }) if deadly => {
+                    // The guest does not even kill: nothing in it is worth keeping.
+                    tell(&outbox, Done::Unkillable).await;
+                    Ok(())
+                }
+                other => Ok(other?),
+            }
+        });
+    }
+
+    fn delete(&mut self, id: String, reply: Reply<()>) {
+        if let Err(error) = self
+            .container(&id)
+            .and_then(|container| Ok(after(container.status, Event::Delete)?))
+        {
+            return answer(reply, Err(error));
+        }
+        let agent = self.agent.clone();
+        self.task(async move {
+            let result = agent.delete(&id).await;
+            Done::Deleted { id, result, reply }
+        });
+    }
+
+    /// A call that moves a container from one state to another once the agent has agreed.
+    fn change(
+        &mut self,
+        id: String,
+        event: Event,
+        call: impl Future<Output = Result<(), AgentError>> + Send + 'static,
+        reply: Reply<()>,
+    ) {
+        match self
+            .container(&id)
+            .and_then(|container| Ok(after(container.status, event)?))
+        {
+            Ok(_) => self.task(async move {
+                Done::Changed {
+                    id,
+                    event,
+                    result: call.await,
+                    reply,
+                }
+            }),
+            Err(error) => answer(reply, Err(error)),
+        }
+    }
+
+    /// A call whose result concerns nobody but the asker.
+    fn call<T: Send + 'static>(
+        &self,
+        reply: Reply<T>,
+        call: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
+    ) {
+        let outbox = self.outbox.clone();
+        tokio::spawn(async move {
+            let result = call.await;
+            if lost(&result) {
+                tell(&outbox, Done::AgentGone).await;
+            } else {
+                answer(reply, result);
+            }
+        });
+    }
+
+    /// A call whose result comes back to the owner.
+    fn task(&self, call: impl Future<Output = Done> + Send + 'static) {
+        let outbox = self.outbox.clone();
+        tokio::spawn(async move { tell(&outbox, call.await).await });
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Created { id, result, reply } => self.created(id, result, reply),
+            Done::Changed {
+                id,
+                event,
+                result,
+                reply,
+            } => {
+                let result = result.map_err(SandboxError::Agent);
+                if let (Ok(()), Some(container)) = (&result, self.containers.get_mut(&id))
+                    // It may have ended meanwhile; then it stays ended.
+                    && let Ok(status) = after(container.status, event)
+                {
+                    container.status = status;
+                }
+                self.finish(reply, result);
+            }
+            Done::Execed {
+                id,
+                process_id,
+                result,
+                reply,
+            } => {
+                match (&result, self.containers.get_mut(&id)) {
+                    (Ok(_), _) => self.watch(id, process_id),
+                    (Err(_), Some(container)) => drop(container.processes.remove(&process_id)),
+                    (Err(_), None) => {}
+                }
+                self.finish(reply, result);
+            }
+            Done::Ended {
+                id,
+                process_id,
+                result,
+            } => self.process_ended(&id, &process_id, result),
+            Done::Deleted { id, result, reply } => {
+                if result.is_ok() {
+                    self.containers.remove(&id);
+                }
+                self.finish(reply, result.map_err(SandboxError::Agent));
+            }
+            Done::Unkillable => {
+                self.end(
+                    ended(Cause::HostError, "it did not answer and was killed"),
+                    Duration::ZERO,
+                );
+            }
+            Done::AgentGone => self.agent_gone(),
+        }
+    }
+
+    fn created(
+        &mut self,
+        id: String,
+        result: Result<Started, SandboxError>,
+        reply: Reply<Started>,
+    ) {
+        match (&result, self.containers.get_mut(&id)) {
+            (Ok(_), Some(container)) => {
+                container.status = Status::Created;
+                container
+                    .processes
+                    .insert(INIT.to_owned(), Process::default());
+                self.watch(id, INIT.to_owned());
+            }
+            _ => drop(self.containers.remove(&id)),
+        }
+        self.finish(reply, result);
+    }
+
+    /// Waits for a process's end in a task of its own.
+    fn watch(&self, id: String, process_id: String) {
+        let agent = self.agent.clone();
+        self.task(async move {
+            let result = agent.wait(&id, &process_id).await;
+            Done::Ended {
+                id,
+                process_id,
+                result,
+            }
+        });
+    }
+
+    fn process_ended(&mut self, id: &str, process_id: &str, result: Result<Exit, AgentError>) {
+        let exit = match result {
+            Ok(exit) => exit,
+            Err(AgentError::Gone) => return self.agent_gone(),
+            // An agent that no longer knows its own process cannot be trusted with the rest.
+            Err(error) => {
+                return self.end(ended(Cause::HostError, &error.to_string()), Duration::ZERO);
+            }
+        };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        if process_id == INIT
+            && let Ok(status) = after(container.status, Event::Exited)
+        {
+            container.status = status;
+        }
+        let Some(process) = container.processes.get_mut(process_id) else {
+            return;
+        };
+        process.exit = Some(exit);
+        let mut told = false;
+        for waiting in process.waiting.drain(..) {
+            told |= waiting.send(Ok(exit)).is_ok();
+        }
+        if told && process_id != INIT {
+            container.processes.remove(process_id);
+        }
+    }
+
+    fn finish<T>(&mut self, reply: Reply<T>, result: Result<T, SandboxError>) {
+        if lost(&result) {
+            self.agent_gone()
+        } else {
+            answer(reply, result)
+        }
+    }
+
+    fn agent_gone(&mut self) {
+        self.end(ended(Cause::HostError, "its agent hung up"), AFTER_AGENT);
+    }
+
+    /// Has the virtual machine end within `patience`; the first reason counts, and the shortest patience.
+    fn end(&mut self, why: Ended, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        match &mut self.ending {
+            Some((_, earlier)) => *earlier = deadline.min(*earlier),
+            None => self.ending = Some((why, deadline)),
+        }
+    }
+
+    fn container(&self, id: &str) -> Result<&Container, SandboxError> {
+        self.containers
+            .get(id)
+            .ok_or(SandboxError::NotFound("container"))
+    }
+
+    fn open(&mut self, wanted: Wanted) -> Result<(StreamPorts, Arriving), SandboxError> {
+        let mut ports = StreamPorts::default();
+        let mut arriving = Arriving::default();
+        let mut open = || self.ports.open().map_err(SandboxError::Ports);
+        let plain = [
+            (wanted.stdin, &mut ports.stdin, &mut arriving.stdin),
+            (wanted.stdout, &mut ports.stdout, &mut arriving.stdout),
+            (wanted.stderr, &mut ports.stderr, &mut arriving.stderr),
+        ];
+        for (wanted, port, stream) in plain {
+            if wanted {
+                let (number, receiver) = open()?;
+                *port = number;
+                *stream = Some(receiver);
+            }
+        }
+        for _ in 0..wanted.preserved {
+            let (number, receiver) = open()?;
+            ports.preserved.push(number);
+            arriving.preserved.push(receiver);
+        }
+        Ok((ports, arriving))
+    }
+}
+
+/// Streams that the agent has been asked to connect.
+#[derive(Debug, Default)]
+struct Arriving {
+    stdin: Option<oneshot::Receiver<OwnedFd>>,
+    stdout: Option<oneshot::Receiver<OwnedFd>>,
+    stderr: Option<oneshot::Receiver<OwnedFd>>,
+    preserved: Vec<oneshot::Receiver<OwnedFd>>,
+}
+
+impl Arriving {
+    async fn connected(self) -> Result<Streams, SandboxError> {
+        let all = async {
+            let mut streams = Streams {
+                stdin: arrived(self.stdin).await?,
+                stdout: arrived(self.stdout).await?,
+                stderr: arrived(self.stderr).await?,
+                preserved: Vec::new(),
+            };
+            for receiver in self.preserved {
+                streams.preserved.extend(arrived(Some(receiver)).await?);
+            }
+            Ok(streams)
+        };
+        tokio::time::timeout(STREAMS_ARRIVE, all)
+            .await
+            .unwrap_or(Err(SandboxError::Streams))
+    }
+}
+
+async fn arrived(
+    stream: Option<oneshot::Receiver<OwnedFd>>,
+) -> Result<Option<OwnedFd>, SandboxError> {
+    match stream {
+        None => Ok(None),
+        // The sender goes away only with the owner.
+        Some(stream) => stream.await.map(Some).map_err(|_| AgentError::Gone.into()),
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn tell(outbox: &mpsc::WeakSender<Message>, done: Done) {
+    if let Some(outbox) = outbox.upgrade() {
+        // Fails only if the owner has ended, and then nobody needs to know.
+        let _ = outbox.send(Message::Done(done)).await;
+    }
+}
+
+fn answer<T>(reply: Reply<T>, result: Result<T, SandboxError>) {
+    // An asker that went away does not want the answer.
+    drop(reply.send(result));
+}
+
+fn lost<T>(result: &Result<T, SandboxError>) -> bool {
+    matches!(result, Err(SandboxError::Agent(AgentError::Gone)))
+}
+
+fn ended(cause: Cause, message: &str) -> Ended {
+    Ended {
+        cause,
+        message: message.to_owned(),
+        console: Vec::new(),
+    }
+}

@@ -1,0 +1,256 @@
+//! The shared directory: what of the host's files the guest can reach, and nothing else.
+//!
+//! ```text
+//!  <state dir>/share          tmpfs, the root of the guest's virtio-fs
+//!    <container>/rootfs       the root file system, bind-mounted with all that is mounted below it
+//!    <container>/mounts/<n>   the source of the specification's mount n, a file or a directory
+//! ```
+//!
+//! Contract: the mounts exist only in a mount namespace of their own, in which the owner and its VMM live
+//! ([`enter_private_namespace`]). When both are gone the kernel removes them: nothing is ever left on the host, whatever
+//! is killed at whatever moment. What the host mounts later below a shared path appears in the guest only where the
+//! specification asks for it (`rslave`, `rshared`); what a container mounts never appears on the host, so `rshared` is
+//! one-way.
+//! Read-only is enforced here, where the guest's kernel has no say.
+//! Not here: which paths (`guest_spec.rs`), the server (the VMM).
+
+#![allow(
+    unsafe_code,
+    reason = "unshare(2) is unsafe in rustix because it can unshare descriptors"
+)]
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{Mode, OFlags},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
+        MoveMountFlags, UnmountFlags,
+    },
+    thread::UnshareFlags,
+};
+
+use crate::guest_spec::{Bind, HostFiles};
+
+/// Why something cannot be shared.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// A step on a path failed.
+    #[error("{step} {path}", path = path.display())]
+    Path {
+        /// What was tried.
+        step: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The namespace could not be made.
+    #[error("make a mount namespace for the sandbox")]
+    Namespace(#[source] io::Error),
+}
+
+/// Moves this process into a mount namespace of its own, which still receives what the host mounts later.
+pub fn enter_private_namespace() -> Result<(), ShareError> {
+    // SAFETY: NEWNS does not unshare the table of descriptors, which is the danger of this call; it makes the calling
+    // thread's root and working directory its own, and this process has one thread at this point.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
+        .map_err(|errno| ShareError::Namespace(errno.into()))?;
+    rustix::mount::mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .map_err(|errno| ShareError::Namespace(errno.into()))
+}
+
+/// The shared directory of one sandbox.
+#[derive(Debug)]
+pub struct Share {
+    path: PathBuf,
+}
+
+impl Share {
+    /// Makes the shared directory at `path`, in the namespace that [`enter_private_namespace`] made.
+    pub fn make(path: &Path) -> Result<Self, ShareError> {
+        at("make the directory", path, fs::create_dir_all(path))?;
+        at("mount the shared directory at", path, mount_tmpfs(path))?;
+        Ok(Self {
+            path: path.to_owned(),
+        })
+    }
+
+    /// The directory itself, for the VMM.
+    pub fn root(&self) -> Result<OwnedFd, ShareError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        at(
+            "open",
+            &self.path,
+            rustix::fs::open(&self.path, flags, Mode::empty()).map_err(Into::into),
+        )
+    }
+
+    /// Shares a container's files. Its root file system stays writable until [`Share::seal`], because the guest still
+    /// has to make mount points in it, as runc does before it remounts.
+    pub fn add(&self, id: &str, files: &HostFiles) -> Result<(), ShareError> {
+        let container = self.path.join(id);
+        let rootfs = container.join("rootfs");
+        at("make the directory", &rootfs, fs::create_dir_all(&rootfs))?;
+        bind(&files.rootfs, &rootfs, true)?;
+        detach_from_host(&rootfs)?;
+        let mounts = container.join("mounts");
+        if !files.binds.is_empty() {
+            at("make the directory", &mounts, fs::create_dir(&mounts))?;
+        }
+        files
+            .binds
+            .iter()
+            .try_for_each(|bind| add_bind(&mounts, bind))
+    }
+
+    /// Ends a container's set-up: a read-only root file system becomes so.
+    pub fn seal(&self, id: &str, files: &HostFiles) -> Result<(), ShareError> {
+        if files.rootfs_read_only {
+            make_read_only(&self.path.join(id).join("rootfs"))?;
+        }
+        Ok(())
+    }
+
+    /// Stops sharing a container's files, while the sandbox lives on.
+    pub fn remove(&self, id: &str) -> Result<(), ShareError> {
+        let container = self.path.join(id);
+        let mounts = container.join("mounts");
+        let mut points = vec![container.join("rootfs")];
+        if let Ok(entries) = fs::read_dir(&mounts) {
+            points.extend(entries.flatten().map(|entry| entry.path()));
+        }
+        for point in &points {
+            // What is not a mount point (any more) needs no unmounting.
+            let _ = rustix::mount::unmount(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
+        match fs::remove_dir_all(&container) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                at("remove", &container, Err(error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        // Takes everything below along. The namespace would do the same when its last process ends.
+        let _ = rustix::mount::unmount(&self.path, UnmountFlags::DETACH);
+    }
+}
+
+fn add_bind(mounts: &Path, bind_mount: &Bind) -> Result<(), ShareError> {
+    let source = &bind_mount.source;
+    let target = mounts.join(bind_mount.index.to_string());
+    let is_dir = at("find the mount source", source, fs::metadata(source))?.is_dir();
+    let made = if is_dir {
+        fs::create_dir(&target)
+    } else {
+        fs::write(&target, b"")
+    };
+    at("make the mount point", &target, made)?;
+    bind(source, &target, bind_mount.recursive)?;
+    if !bind_mount.follows_host {
+        detach_from_host(&target)?;
+    }
+    if bind_mount.read_only {
+        make_read_only(&target)?;
+    }
+    Ok(())
+}
+
+fn bind(source: &Path, target: &Path, recursive: bool) -> Result<(), ShareError> {
+    let done = if recursive {
+        rustix::mount::mount_bind_recursive(source, target)
+    } else {
+        rustix::mount::mount_bind(source, target)
+    };
+    at("share the mount source", source, done.map_err(Into::into))
+}
+
+fn detach_from_host(target: &Path) -> Result<(), ShareError> {
+    let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    at(
+        "change the propagation of",
+        target,
+        rustix::mount::mount_change(target, flags).map_err(Into::into),
+    )
+}
+
+fn make_read_only(target: &Path) -> Result<(), ShareError> {
+    let flags = MountFlags::BIND | MountFlags::RDONLY;
+    at(
+        "make read-only",
+        target,
+        rustix::mount::mount_remount(target, flags, c"").map_err(Into::into),
+    )
+}
+
+/// A tmpfs of at most 1 MiB: it holds mount points only.
+fn mount_tmpfs(path: &Path) -> io::Result<()> {
+    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(&context, "mode", "0755")?;
+    rustix::mount::fsconfig_set_string(&context, "size", "1m")?;
+    rustix::mount::fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    rustix::mount::move_mount(
+        &mount,
+        "",
+        rustix::fs::CWD,
+        path,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    Ok(())
+}
+
+fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, ShareError> {
+    result.map_err(|source| ShareError::Path {
+        step,
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_mount_source_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = Bind {
+            index: 0,
+            source: "/nonexistent/volume".into(),
+            recursive: true,
+            read_only: false,
+            follows_host: false,
+        };
+        let error = add_bind(dir.path(), &bind).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "find the mount source /nonexistent/volume"
+        );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn removing_what_was_never_shared_is_fine() {
+        let dir = tempfile::tempdir().unwrap();
+        Share {
+            path: dir.path().to_owned(),
+        }
+        .remove("c1")
+        .unwrap();
+    }
+}

@@ -1,0 +1,418 @@
+//! The VMM process as seen from its owner: started with open files, spoken to in packets, ended for certain.
+//!
+//! Contract: the child inherits exactly the descriptors that its [`VmSpec`] names, an environment with nothing in it,
+//! and a pipe for its last words. Dropping a [`Vmm`] kills the process and reaps it: no VM outlives its owner, and if
+//! the owner itself is killed the VMM ends because the control socket closes.
+//! What the VMM says is bounded and checked, because a guest may have taken it over.
+//! Not here: what accepted connections are for (`sandbox/`), what is shared (`share.rs`).
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd, OwnedFd},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStderr, Command, Stdio},
+    time::Duration,
+};
+
+use caisson_agent_api::SHARE_TAG;
+use caisson_vmm_spec::{Cause, Event, Fd, MemorySpec, MiB, Request, SPEC_FD, ShareSpec, VmSpec};
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::{
+    fs::{MemfdFlags, Mode, OFlags},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::{
+    packet::{self, PacketError, Packets},
+    text::one_line,
+    watched::watch,
+};
+
+/// How many bytes of the VMM's standard error are kept for an error's text.
+const MAX_LAST_WORDS_BYTES: usize = 4096;
+
+/// A virtual machine as its owner wants it.
+#[derive(Debug)]
+pub struct Machine<'a> {
+    /// The VMM's program.
+    pub program: &'a Path,
+    /// The guest kernel.
+    pub kernel: &'a Path,
+    /// The guest's initial root file system.
+    pub initramfs: &'a Path,
+    /// Words for the guest kernel's command line.
+    pub cmdline: &'a str,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory.
+    pub memory: MiB,
+    /// Ask for huge pages.
+    pub huge_pages: bool,
+    /// How long the agent may take to dial; zero: for ever.
+    pub boot_deadline: Duration,
+    /// The shared directory.
+    pub share: OwnedFd,
+    /// Where the guest's whole kernel log goes, if anywhere.
+    pub console: Option<OwnedFd>,
+    /// A locked file that the VMM holds open and never uses: whoever gets its lock knows that the process is gone.
+    pub alive: Option<OwnedFd>,
+}
+
+/// Why a VM could not be started or spoken to.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// A file of the machine cannot be opened.
+    #[error("open {what} {path}", path = path.display())]
+    Open {
+        /// Which file.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The program cannot be started.
+    #[error("start the VMM {path}", path = path.display())]
+    Start {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host refused something on the way.
+    #[error("{step}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The conversation broke.
+    #[error("speak with the VMM")]
+    Control(#[from] PacketError),
+}
+
+/// How a VM came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Why.
+    pub cause: Cause,
+    /// One line for people.
+    pub message: String,
+    /// The guest's last console lines, oldest first.
+    pub console: Vec<String>,
+}
+
+/// A running VMM.
+#[derive(Debug)]
+pub struct Vmm {
+    control: Packets,
+    process: Process,
+}
+
+/// The child itself: killed and reaped when dropped.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    exited: AsyncFd<OwnedFd>,
+    last_words: Option<ChildStderr>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail only if the child has been reaped already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Vmm {
+    /// Starts the VMM; the guest boots from here on. Must be called inside a runtime.
+    pub fn start(machine: Machine<'_>) -> Result<Self, VmmError> {
+        let (ours, theirs) = packet::pair().map_err(|source| VmmError::Host {
+            step: "make a socket pair",
+            source,
+        })?;
+        let mut files = Files::default();
+        let spec = VmSpec {
+            kvm: files.add(open("the KVM device", Path::new("/dev/kvm"), OFlags::RDWR)?),
+            control: files.add(theirs),
+            kernel: files.add(open("the guest kernel", machine.kernel, OFlags::RDONLY)?),
+            initramfs: files.add(open("the initramfs", machine.initramfs, OFlags::RDONLY)?),
+            cmdline: machine.cmdline.to_owned(),
+            vcpus: machine.vcpus,
+            memory: MemorySpec {
+                size: machine.memory,
+                huge_pages: machine.huge_pages,
+            },
+            boot_deadline_ms: u64::try_from(machine.boot_deadline.as_millis()).unwrap_or(u64::MAX),
+            shares: vec![ShareSpec {
+                tag: SHARE_TAG.to_owned(),
+                root: files.add(machine.share),
+            }],
+            networks: Vec::new(),
+            disks: Vec::new(),
+            console: machine.console.map(|file| files.add(file)),
+        };
+        if let Some(alive) = machine.alive {
+            files.add(alive);
+        }
+        let process = Process::start(machine.program, files.with_spec(&spec)?)?;
+        let control = Packets::new(ours).map_err(|source| VmmError::Host {
+            step: "watch the VMM's socket",
+            source,
+        })?;
+        Ok(Self { control, process })
+    }
+
+    /// The process, for the host's cgroup and for people.
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
+    /// The next event with its descriptor; `None` once the VMM has closed the socket. Safe to cancel.
+    pub async fn event(&self) -> Result<Option<(Event, Option<OwnedFd>)>, VmmError> {
+        let packet = self.control.receive().await?;
+        Ok(packet.map(|(event, fds): (Event, Vec<OwnedFd>)| (event, fds.into_iter().next())))
+    }
+
+    /// Asks the VMM for something.
+    pub async fn request(&self, request: &Request) -> Result<(), VmmError> {
+        Ok(self.control.send(request, &[]).await?)
+    }
+
+    /// Ends the process now, whatever it is doing.
+    pub fn kill(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.process.child.kill();
+    }
+
+    /// Waits for the process to end, kills it after `patience`, and tells why it ended if it did not say so itself.
+    pub async fn end(mut self, patience: Duration) -> Ended {
+        if tokio::time::timeout(patience, self.process.exited())
+            .await
+            .is_err()
+        {
+            self.kill();
+            self.process.exited().await;
+        }
+        let status = self.process.child.wait();
+        let words = self.process.last_words();
+        let how = match status {
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        let message = if words.is_empty() {
+            format!("the VMM ended without a word: {how}")
+        } else {
+            format!("the VMM ended: {how}: {words}")
+        };
+        Ended {
+            cause: Cause::HostError,
+            message,
+            console: Vec::new(),
+        }
+    }
+}
+
+impl Process {
+    fn start(program: &Path, files: Vec<FdMapping>) -> Result<Self, VmmError> {
+        let failed = |source| VmmError::Start {
+            path: program.to_owned(),
+            source,
+        };
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            // Signals that a terminal sends to the owner's group are the owner's to deal with.
+            .process_group(0);
+        command
+            .fd_mappings(files)
+            .map_err(|_| failed(io::Error::from(io::ErrorKind::InvalidInput)))?;
+        let mut child = command.spawn().map_err(failed)?;
+        let last_words = child.stderr.take();
+        let exited = watch_exit(&child);
+        match exited {
+            Ok(exited) => Ok(Self {
+                child,
+                exited,
+                last_words,
+            }),
+            Err(source) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(VmmError::Host {
+                    step: "watch the VMM's end",
+                    source,
+                })
+            }
+        }
+    }
+
+    async fn exited(&self) {
+        // A process descriptor becomes readable when the process ends; an error means that it cannot be watched, and
+        // the blocking wait that follows is then the right thing.
+        let _ = self.exited.readable().await;
+    }
+
+    fn last_words(&mut self) -> String {
+        let mut bytes = Vec::new();
+        if let Some(pipe) = self.last_words.take() {
+            // The writer is gone, so this ends; without an end there is nothing to report either.
+            let _ = pipe
+                .take(MAX_LAST_WORDS_BYTES as u64)
+                .read_to_end(&mut bytes);
+        }
+        one_line(&String::from_utf8_lossy(&bytes), MAX_LAST_WORDS_BYTES)
+    }
+}
+
+fn watch_exit(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
+    let pid = i32::try_from(child.id())
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+    watch(pidfd_open(pid, PidfdFlags::empty())?, Interest::READABLE)
+}
+
+fn open(what: &'static str, path: &Path, access: OFlags) -> Result<OwnedFd, VmmError> {
+    rustix::fs::open(path, access | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+        VmmError::Open {
+            what,
+            path: path.to_owned(),
+            source: errno.into(),
+        }
+    })
+}
+
+/// The descriptors that the child inherits, numbered upwards from the one after [`SPEC_FD`].
+#[derive(Debug, Default)]
+struct Files(Vec<FdMapping>);
+
+impl Files {
+    fn add(&mut self, parent_fd: OwnedFd) -> Fd {
+        // At most a dozen files are ever added.
+        let number =
+            i32::try_from(self.0.len()).map_or(i32::MAX, |n| n.saturating_add(SPEC_FD + 1));
+        self.0.push(FdMapping {
+            parent_fd,
+            child_fd: number,
+        });
+        Fd(number)
+    }
+
+    fn with_spec(mut self, spec: &VmSpec) -> Result<Vec<FdMapping>, VmmError> {
+        let failed = |source| VmmError::Host {
+            step: "write the VMM's input",
+            source,
+        };
+        let bytes = serde_json::to_vec(spec).map_err(|error| failed(error.into()))?;
+        let file = rustix::fs::memfd_create("vm-spec", MemfdFlags::CLOEXEC)
+            .map_err(|errno| failed(errno.into()))?;
+        let mut file = File::from(file);
+        file.write_all(&bytes).map_err(failed)?;
+        rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::Start(0))
+            .map_err(|errno| failed(errno.into()))?;
+        self.0.push(FdMapping {
+            parent_fd: file.into(),
+            child_fd: SPEC_FD,
+        });
+        Ok(self.0)
+    }
+}
+
+impl Ended {
+    /// What the VMM reported, made fit to be shown.
+    pub fn reported(cause: Cause, message: &str, console: &[String]) -> Self {
+        const MAX_LINES: usize = 64;
+        let start = console.len().saturating_sub(MAX_LINES);
+        Self {
+            cause,
+            message: one_line(message, 1024),
+            console: console
+                .iter()
+                .skip(start)
+                .map(|line| one_line(line, 512))
+                .collect(),
+        }
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            message, console, ..
+        } = self;
+        write!(out, "{message}")?;
+        if !console.is_empty() {
+            write!(out, "; last console lines: {}", console.join(" | "))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_numbered_from_the_one_after_the_spec() {
+        let mut files = Files::default();
+        let null = || open("null", Path::new("/dev/null"), OFlags::RDONLY).unwrap();
+        assert_eq!(files.add(null()), Fd(4));
+        assert_eq!(files.add(null()), Fd(5));
+    }
+
+    #[test]
+    fn a_missing_kernel_is_named() {
+        let error = open(
+            "the guest kernel",
+            Path::new("/nonexistent/k"),
+            OFlags::RDONLY,
+        )
+        .unwrap_err();
+        assert_eq!(error.to_string(), "open the guest kernel /nonexistent/k");
+    }
+
+    #[test]
+    fn what_a_hostile_vmm_reports_is_bounded_and_printable() {
+        let lines = vec!["\x1b[2J".repeat(1000); 1000];
+        let ended = Ended::reported(Cause::GuestPanic, "a\nb\x07", &lines);
+        assert_eq!(ended.message, "a b\\u{7}");
+        assert_eq!(ended.console.len(), 64);
+        assert!(ended.to_string().len() < 64 * 600);
+        assert!(!ended.to_string().contains('\x1b'));
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_dies_is_reported_with_its_last_words() {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", "echo no such machine >&2; exit 3"])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let last_words = child.stderr.take();
+        let process = Process {
+            exited: watch_exit(&child).unwrap(),
+            child,
+            last_words,
+        };
+        let (ours, _theirs) = packet::pair().unwrap();
+        let vmm = Vmm {
+            control: Packets::new(ours).unwrap(),
+            process,
+        };
+        let ended = vmm.end(Duration::from_secs(60)).await;
+        assert_eq!(
+            ended.message,
+            "the VMM ended: exit status: 3: no such machine"
+        );
+    }
+}
