@@ -9,7 +9,10 @@ fn main() {
         .input("proto/agent.proto")
         .include("proto")
         .rust_protobuf()
-        .customize(Customize { async_all: true, ..Default::default() })
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
         .run()
         .expect("generate the agent API");

@@ -1,0 +1,306 @@
+//! The agent's service: calls of the host, translated to and from [`crate::container`].
+//!
+//! Contract: as in `agent/api/proto/agent.proto`. The connection is the sandbox's life line: when the host closes it,
+//! [`serve`] returns and the guest is powered off.
+//! Here errors become RPC codes, and nowhere else.
+
+use crate::container::{Container, ContainerError, Workshop};
+use crate::error_line;
+use crate::process::ProcessError;
+use crate::reaper::Reaper;
+use crate::socket::{Dial, Socket};
+use async_trait::async_trait;
+use caisson_agent_api::{
+    Agent, CONTROL_PORT, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
+    ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, ProcessRequest,
+    ResizeTerminalRequest, SignalProcessRequest, WaitProcessResponse, create_agent,
+};
+use futures_util::stream;
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+use ttrpc::Code;
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{Server, TtrpcContext};
+
+/// `None` while a container is being created.
+type Containers = HashMap<String, Option<Arc<Container>>>;
+
+struct Service {
+    workshop: Workshop,
+    // No await while it is held.
+    containers: Mutex<Containers>,
+    shutdown: Arc<Notify>,
+}
+
+fn code(error: &ContainerError) -> Code {
+    match error {
+        ContainerError::Plan(_) | ContainerError::BadId(_) => Code::INVALID_ARGUMENT,
+        ContainerError::Process(ProcessError::NoSignal(_)) => Code::INVALID_ARGUMENT,
+        ContainerError::NoContainer(_) | ContainerError::NoProcess(_) => Code::NOT_FOUND,
+        ContainerError::ContainerExists(_) | ContainerError::ProcessExists(_) => {
+            Code::ALREADY_EXISTS
+        }
+        ContainerError::State { .. }
+        | ContainerError::ExecPaused
+        | ContainerError::Process(ProcessError::Finished | ProcessError::NoTerminal) => {
+            Code::FAILED_PRECONDITION
+        }
+        ContainerError::Cgroup(_) | ContainerError::Process(_) | ContainerError::Streams(_) => {
+            Code::INTERNAL
+        }
+    }
+}
+
+fn status(error: ContainerError) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code(&error), error_line(&error)))
+}
+
+/// An id that is being created; it is free again unless it is kept.
+struct Claim<'a> {
+    service: &'a Service,
+    id: String,
+}
+
+impl Claim<'_> {
+    fn keep(self, container: Arc<Container>) {
+        self.service
+            .containers()
+            .insert(self.id.clone(), Some(container));
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut containers = self.service.containers();
+        if containers.get(&self.id).is_some_and(Option::is_none) {
+            containers.remove(&self.id);
+        }
+    }
+}
+
+impl Service {
+    fn containers(&self) -> MutexGuard<'_, Containers> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+        let found = self.containers().get(id).cloned().flatten();
+        found.ok_or_else(|| ContainerError::NoContainer(id.to_owned()))
+    }
+
+    async fn create(&self, request: CreateContainerRequest) -> Result<i32, ContainerError> {
+        let id = request.container_id.clone();
+        if self.containers().contains_key(&id) {
+            return Err(ContainerError::ContainerExists(id));
+        }
+        self.containers().insert(id.clone(), None);
+        let claim = Claim { service: self, id };
+        let container = Container::create(&self.workshop, &request).await?;
+        let pid = container.init.pid;
+        claim.keep(Arc::new(container));
+        Ok(pid)
+    }
+
+    async fn delete(&self, id: &str) -> Result<(), ContainerError> {
+        let Ok(container) = self.container(id) else {
+            return Ok(());
+        };
+        container.remove().await?;
+        self.containers().remove(id);
+        Ok(())
+    }
+
+    async fn wait(&self, request: &ProcessRequest) -> Result<WaitProcessResponse, ContainerError> {
+        let process = self
+            .container(&request.container_id)?
+            .process(&request.process_id)?;
+        let end = process.ended().await.ok_or(ProcessError::Finished)?;
+        Ok(WaitProcessResponse {
+            exit_status: end.code,
+            oom_killed: end.oom_killed,
+            stdout_bytes: end.stdout_bytes,
+            stderr_bytes: end.stderr_bytes,
+            ..WaitProcessResponse::default()
+        })
+    }
+
+    async fn signal(&self, request: &SignalProcessRequest) -> Result<(), ContainerError> {
+        let container = self.container(&request.container_id)?;
+        if request.all {
+            return container.signal_all(request.signal).await;
+        }
+        Ok(container
+            .process(&request.process_id)?
+            .signal(request.signal)?)
+    }
+
+    fn resize(&self, request: &ResizeTerminalRequest) -> Result<(), ContainerError> {
+        let process = self
+            .container(&request.container_id)?
+            .process(&request.process_id)?;
+        let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        Ok(process.resize(clamp(request.rows), clamp(request.columns))?)
+    }
+}
+
+fn empty(result: Result<(), ContainerError>) -> ttrpc::Result<Empty> {
+    result.map(|()| Empty::default()).map_err(status)
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let pid = self.create(request).await.map_err(status)?;
+        Ok(CreateContainerResponse {
+            pid,
+            ..CreateContainerResponse::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        empty(container.start().await)
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        empty(self.delete(&request.container_id).await)
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        let pid = container
+            .exec(&self.workshop, &request)
+            .await
+            .map_err(status)?;
+        Ok(ExecProcessResponse {
+            pid,
+            ..ExecProcessResponse::default()
+        })
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        self.wait(&request).await.map_err(status)
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<Empty> {
+        empty(self.signal(&request).await)
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<Empty> {
+        empty(self.resize(&request))
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        let pids = container.processes().map_err(status)?;
+        Ok(ListProcessesResponse {
+            pids,
+            ..ListProcessesResponse::default()
+        })
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        empty(container.pause().await)
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        empty(container.resume().await)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.shutdown.notify_one();
+        Ok(Empty::default())
+    }
+}
+
+/// Dials the host and serves it until it says goodbye; returns then, or with what went wrong as one line.
+pub fn run(dial: impl Dial) -> Result<(), String> {
+    let line = |step: &str| {
+        let step = step.to_owned();
+        move |e: io::Error| format!("{step}: {e}")
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(line("start the runtime"))?;
+    runtime.block_on(async {
+        let connecting = dial.connect(CONTROL_PORT).map_err(line("dial the host"))?;
+        let socket = Socket::connected(connecting)
+            .await
+            .map_err(line("dial the host"))?;
+        serve(socket, dial).await.map_err(|e| format!("serve: {e}"))
+    })
+}
+
+/// Serves one control connection until the host closes it or asks for shutdown.
+async fn serve(mut control: Socket, dial: impl Dial) -> ttrpc::Result<()> {
+    let mut closed = control.on_close();
+    let shutdown = Arc::new(Notify::new());
+    let reaper = Reaper::default();
+    let reaping = tokio::spawn(reaper.clone().run());
+    let service = Service {
+        workshop: Workshop {
+            reaper,
+            dial: Box::new(dial),
+        },
+        containers: Mutex::default(),
+        shutdown: Arc::clone(&shutdown),
+    };
+    let connection = stream::once(async { Ok::<_, io::Error>(control) });
+    let mut server = Server::new()
+        .register_service(create_agent(Arc::new(service)))
+        .add_listener(Listener::new(connection));
+    server.start().await?;
+    tokio::select! {
+        _ = closed.wait_for(|closed| *closed) => {}
+        () = shutdown.notified() => {}
+    }
+    reaping.abort();
+    Ok(())
+}

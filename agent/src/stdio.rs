@@ -1,0 +1,279 @@
+//! Standard streams: pipes or a terminal on the process's side, one connection each on the host's side.
+//!
+//! Contract: bytes and their order are kept; the end of a stream is passed on as the end of a stream, in each direction
+//! on its own; a slow reader stops its writer and nobody else. The count of what a process has written is exact at any
+//! moment: what was passed on, plus what waits in its pipe.
+//! Programs get pipes, not sockets: they may open /dev/stdout again, and expect SIGPIPE.
+
+use crate::socket::{Dial, Socket, finish_writing};
+use caisson_agent_api::Stdio;
+use rustix::buffer::spare_capacity;
+use rustix::io::{Errno, ioctl_fionread, read, write};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
+
+type Descriptor = Arc<AsyncFd<OwnedFd>>;
+
+/// What is read at once, and what a pipe holds unless told otherwise.
+const CHUNK_BYTES: usize = 64 << 10;
+/// The same for a stream that has filled a chunk.
+const LARGE_CHUNK_BYTES: usize = 1 << 20;
+
+/// One direction that is being pumped.
+struct Outlet {
+    /// Weak: only the pump keeps the pipe open, so that a writer learns that nobody reads any more.
+    from: Weak<AsyncFd<OwnedFd>>,
+    read: Arc<AtomicU64>,
+}
+
+impl Outlet {
+    /// Everything that the process has written so far.
+    fn total(&self) -> u64 {
+        let waiting = self
+            .from
+            .upgrade()
+            .map_or(0, |fd| ioctl_fionread(fd.get_ref()).unwrap_or(0));
+        self.read.load(Ordering::Relaxed) + waiting
+    }
+}
+
+/// Connections to the host, begun but perhaps not made yet.
+pub(crate) struct Dialed {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    preserved: Vec<OwnedFd>,
+}
+
+impl Dialed {
+    /// Begins to connect to every port.
+    pub(crate) fn begin(dial: &dyn Dial, ports: &Stdio, preserved: &[u32]) -> io::Result<Self> {
+        let one = |port: u32| (port != 0).then(|| dial.connect(port)).transpose();
+        Ok(Self {
+            stdin: one(ports.stdin_port)?,
+            stdout: one(ports.stdout_port)?,
+            stderr: one(ports.stderr_port)?,
+            preserved: preserved
+                .iter()
+                .map(|p| dial.connect(*p))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// The process's ends, to be handed to it.
+pub(crate) struct ChildEnds {
+    /// Standard input, output and error; `None` is /dev/null.
+    pub(crate) streams: [Option<OwnedFd>; 3],
+    /// From 3 upwards.
+    pub(crate) preserved: Vec<OwnedFd>,
+}
+
+/// The agent's ends, before they are joined to the host's.
+pub(crate) struct OurEnds {
+    dialed: Dialed,
+    streams: [Option<OwnedFd>; 3],
+    preserved: Vec<OwnedFd>,
+}
+
+/// Makes the pipes. With a terminal the streams come later, with the terminal.
+pub(crate) fn make(dialed: Dialed, terminal: bool) -> io::Result<(ChildEnds, OurEnds)> {
+    let wanted = [&dialed.stdin, &dialed.stdout, &dialed.stderr].map(|d| d.is_some() && !terminal);
+    let mut child: [Option<OwnedFd>; 3] = [None, None, None];
+    let mut ours: [Option<OwnedFd>; 3] = [None, None, None];
+    for (number, _) in wanted.iter().enumerate().filter(|(_, wanted)| **wanted) {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (theirs, mine) = if number == 0 {
+            (reader, writer)
+        } else {
+            (writer, reader)
+        };
+        rustix::io::ioctl_fionbio(&mine, true)?;
+        (child[number], ours[number]) = (Some(theirs), Some(mine));
+    }
+    let mut child = ChildEnds {
+        streams: child,
+        preserved: Vec::new(),
+    };
+    let mut preserved = Vec::new();
+    for _ in &dialed.preserved {
+        let (theirs, mine) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        rustix::io::ioctl_fionbio(&mine, true)?;
+        child.preserved.push(theirs);
+        preserved.push(mine);
+    }
+    Ok((
+        child,
+        OurEnds {
+            dialed,
+            streams: ours,
+            preserved,
+        },
+    ))
+}
+
+/// The running streams of a process.
+pub(crate) struct Streams {
+    stdout: Option<Outlet>,
+    stderr: Option<Outlet>,
+    /// Tasks that end with the process rather than with its output.
+    inward: Vec<JoinHandle<()>>,
+    /// The terminal's master side.
+    pub(crate) terminal: Option<Descriptor>,
+}
+
+impl OurEnds {
+    /// Finishes the connections and lets the bytes flow.
+    pub(crate) async fn join(self, terminal: Option<OwnedFd>) -> io::Result<Streams> {
+        let Self {
+            dialed,
+            streams: [stdin, stdout, stderr],
+            preserved,
+        } = self;
+        let terminal = terminal.map(descriptor).transpose()?;
+        let ours = |pipe: Option<OwnedFd>| -> io::Result<Option<Descriptor>> {
+            pipe.map_or_else(|| Ok(terminal.clone()), |pipe| descriptor(pipe).map(Some))
+        };
+        let (stdin, stdout, stderr) = (ours(stdin)?, ours(stdout)?, ours(stderr)?);
+        let mut streams = Streams {
+            stdout: None,
+            stderr: None,
+            inward: Vec::new(),
+            terminal,
+        };
+        if let (Some(host), Some(process)) = (connected(dialed.stdin).await?, stdin) {
+            streams.inward.push(tokio::spawn(inward(host, process)));
+        }
+        if let (Some(host), Some(process)) = (connected(dialed.stdout).await?, stdout) {
+            streams.stdout = Some(outward(process, host));
+        }
+        if let (Some(host), Some(process)) = (connected(dialed.stderr).await?, stderr) {
+            streams.stderr = Some(outward(process, host));
+        }
+        for (host, process) in dialed.preserved.into_iter().zip(preserved) {
+            let host = Arc::new(Socket::connected(host).await?.into_fd());
+            let process = descriptor(process)?;
+            streams.inward.push(tokio::spawn(inward(
+                Arc::clone(&host),
+                Arc::clone(&process),
+            )));
+            outward(process, host);
+        }
+        Ok(streams)
+    }
+}
+
+impl Streams {
+    /// Bytes written to standard output and standard error so far.
+    pub(crate) fn written(&self) -> (u64, u64) {
+        let total = |outlet: &Option<Outlet>| outlet.as_ref().map_or(0, Outlet::total);
+        (total(&self.stdout), total(&self.stderr))
+    }
+
+    /// Nothing will read input any more.
+    pub(crate) fn stop_input(&self) {
+        self.inward.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.stop_input();
+    }
+}
+
+fn descriptor(fd: OwnedFd) -> io::Result<Descriptor> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    Ok(Arc::new(crate::sys::watch(
+        fd,
+        Interest::READABLE | Interest::WRITABLE,
+    )?))
+}
+
+async fn connected(connecting: Option<OwnedFd>) -> io::Result<Option<Descriptor>> {
+    match connecting {
+        None => Ok(None),
+        Some(fd) => Ok(Some(Arc::new(Socket::connected(fd).await?.into_fd()))),
+    }
+}
+
+/// Host to process. A process that no longer reads closes the connection; the host's end of file closes the pipe.
+async fn inward(host: Descriptor, process: Descriptor) {
+    let _ = pump(&host, &process, None).await;
+    // The last owner of the pipe's end closes it; a socket that also goes the other way is told.
+    finish_writing(&process);
+}
+
+/// Process to host, with a count.
+fn outward(process: Descriptor, host: Descriptor) -> Outlet {
+    let counter = Arc::new(AtomicU64::new(0));
+    let outlet = Outlet {
+        from: Arc::downgrade(&process),
+        read: Arc::clone(&counter),
+    };
+    tokio::spawn(async move {
+        let _ = pump(&process, &host, Some(&counter)).await;
+        finish_writing(&host);
+    });
+    outlet
+}
+
+/// Copies until the end of `from`, or until `to` takes no more.
+async fn pump(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    counter: Option<&AtomicU64>,
+) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(CHUNK_BYTES);
+    loop {
+        buffer.clear();
+        let read = from.async_io(Interest::READABLE, |fd| {
+            Ok(read(fd, spare_capacity(&mut buffer))?)
+        });
+        match read.await {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                if let Some(counter) = counter {
+                    counter.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
+                }
+            }
+            // A terminal whose last user is gone.
+            Err(e) if e.raw_os_error() == Some(Errno::IO.raw_os_error()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        }
+        write_all(to, &buffer).await?;
+        if buffer.len() == CHUNK_BYTES && buffer.capacity() == CHUNK_BYTES {
+            // It flows: fewer, larger steps. What is no pipe refuses, and stays as it is.
+            let _ = fcntl_setpipe_size(from.get_ref(), LARGE_CHUNK_BYTES);
+            let _ = fcntl_setpipe_size(to.get_ref(), LARGE_CHUNK_BYTES);
+            buffer = Vec::with_capacity(LARGE_CHUNK_BYTES);
+        }
+    }
+}
+
+async fn write_all(to: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to
+            .async_io(Interest::WRITABLE, |fd| Ok(write(fd, bytes)?))
+            .await
+        {
+            Ok(n) => bytes = &bytes[n..],
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
