@@ -1,11 +1,13 @@
 //! The one way in which a VM ends: any thread names a cause, the first one wins, the main thread is woken.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
 
 use caisson_vmm_spec::Cause;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::fds::borrow;
 
 /// Why the VM ends, and one line about it for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,10 +56,10 @@ impl Ending {
     }
 }
 
-impl AsRawFd for Ending {
+impl AsFd for Ending {
     /// Readable once the end has been reported.
-    fn as_raw_fd(&self) -> RawFd {
-        self.wake.as_raw_fd()
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow(&self.wake)
     }
 }
 

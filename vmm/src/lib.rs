@@ -5,8 +5,17 @@
 //! nothing else. Threads: main (control socket), one per vCPU, one for the io devices, and one per virtio-fs share.
 //! Not here: how the host prepares files, taps and directories (`runtime`).
 
+pub mod boot;
+pub mod bus;
+pub mod console;
+pub mod control;
 pub mod counters;
 pub mod devices;
 pub mod ending;
+pub mod fds;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+pub mod kvm;
+pub mod machine;
 pub mod memory;
 pub mod virtio;

@@ -2,12 +2,17 @@
 //!
 //! Contract: private anonymous memory, zero, without swap reservation; RAM below [`MMIO_START`] first, what does not
 //! fit there from 4 GiB up. The mapping lives as long as any clone of [`Mem`], and never moves or shrinks: code may
-//! keep host pointers into it as long as it keeps a [`Mem`].
+//! keep host pointers into it as long as it keeps a [`Mem`]. With huge pages, host and guest addresses agree modulo 2 MiB,
+//! else KVM could not map a huge page as one.
+#![allow(unsafe_code, reason = "mmap and madvise")]
 
 use std::io;
+use std::ptr;
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use caisson_vmm_spec::MemorySpec;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
 /// Guest memory, shared by every thread of the VM. One kind of memory, no type parameter.
 pub type Mem = Arc<GuestMemoryMmap>;
@@ -18,6 +23,10 @@ pub const MMIO_START: u64 = 0xd000_0000;
 pub const HIGH_START: u64 = 1 << 32;
 /// Least size of guest memory, in bytes.
 pub const MIN_BYTES: u64 = 64 << 20;
+
+const HUGE_PAGE: usize = 2 << 20;
+const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+const FLAGS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// Memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +45,62 @@ pub enum MemoryError {
         /// The cause.
         source: io::Error,
     },
+    /// A mapping cannot be described as a region.
+    #[error("describe guest memory")]
+    Region(#[source] MmapRegionError),
+    /// The regions do not make up a memory.
+    #[error("lay out guest memory")]
+    Layout(#[source] GuestRegionCollectionError),
+}
+
+/// Memory for a guest of that size.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn map(spec: &MemorySpec) -> Result<Mem, MemoryError> {
+    let bytes = spec.size.bytes();
+    if bytes < MIN_BYTES {
+        return Err(MemoryError::Size { mib: bytes >> 20 });
+    }
+    let regions = layout(bytes)
+        .into_iter()
+        .map(|(start, len)| map_range(start, len, spec.huge_pages))
+        .collect::<Result<_, _>>()?;
+    GuestMemoryMmap::from_regions(regions)
+        .map(Arc::new)
+        .map_err(MemoryError::Layout)
+}
+
+fn map_range(start: GuestAddress, bytes: u64, huge: bool) -> Result<GuestRegionMmap, MemoryError> {
+    let failed = |source| MemoryError::Map { bytes, source };
+    let too_large = || failed(io::Error::from_raw_os_error(libc::ENOMEM));
+    let len = usize::try_from(bytes).map_err(|_| too_large())?;
+    // One huge page more than needed: somewhere in it the right alignment begins. Unused pages cost nothing.
+    let reserve = len.checked_add(HUGE_PAGE).ok_or_else(too_large)?;
+    // SAFETY: a new mapping at an address of the kernel's choice; it replaces nothing.
+    let base = unsafe { libc::mmap(ptr::null_mut(), reserve, ACCESS, FLAGS, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    let base = base.cast::<u8>();
+    // SAFETY: the result is less than HUGE_PAGE after `base`, inside the mapping.
+    let aligned = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
+    if huge {
+        // SAFETY: advice about `len` bytes of the mapping made above; it changes no contents.
+        let advised = unsafe { libc::madvise(aligned.cast(), len, libc::MADV_HUGEPAGE) };
+        // EINVAL: a host kernel without huge pages. The guest runs all the same.
+        if advised != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL) {
+            return Err(failed(io::Error::last_os_error()));
+        }
+    }
+    let builder = MmapRegionBuilder::new(len)
+        .with_mmap_prot(ACCESS)
+        .with_mmap_flags(FLAGS);
+    // SAFETY: `len` bytes from `aligned` are mapped (above), and are never unmapped: the region does not own them and
+    // the process keeps them to its end.
+    let builder = unsafe { builder.with_raw_mmap_pointer(aligned) };
+    let region = builder.build().map_err(MemoryError::Region)?;
+    GuestRegionMmap::new(region, start).ok_or_else(too_large)
 }
 
 /// The ranges of RAM for a guest of `bytes` bytes, as (start, length), ascending.
@@ -50,7 +115,35 @@ pub fn layout(bytes: u64) -> Vec<(GuestAddress, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use caisson_vmm_spec::MiB;
+    use vm_memory::{Bytes, GuestMemory};
+
     use super::*;
+
+    #[test]
+    fn memory_is_zero_writable_and_aligned_for_huge_pages() {
+        let mem = map(&MemorySpec {
+            size: MiB(64),
+            huge_pages: true,
+        })
+        .unwrap();
+        let last = GuestAddress((64 << 20) - 8);
+        assert_eq!(mem.read_obj::<u64>(last).unwrap(), 0);
+        mem.write_obj(7u64, last).unwrap();
+        assert_eq!(mem.read_obj::<u64>(last).unwrap(), 7);
+        assert!(mem.read_obj::<u8>(GuestAddress(64 << 20)).is_err());
+        let host = mem.get_host_address(GuestAddress(0)).unwrap();
+        assert_eq!(host.align_offset(HUGE_PAGE), 0);
+    }
+
+    #[test]
+    fn too_little_memory_is_refused() {
+        let spec = MemorySpec {
+            size: MiB(63),
+            huge_pages: false,
+        };
+        assert!(matches!(map(&spec), Err(MemoryError::Size { mib: 63 })));
+    }
 
     #[test]
     fn ram_never_lies_in_the_device_hole() {

@@ -7,3 +7,5 @@ pub mod block;
 pub mod driver;
 pub mod fs;
 pub mod net;
+pub mod rng;
+pub mod vsock;

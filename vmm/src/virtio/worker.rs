@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::line::Reason;
 use super::queue::{Queue, QueueState};
-use super::transport::Link;
+use super::transport::{Link, Transport};
 use super::{Device, DeviceError};
 use crate::counters::{Counter, Counters};
 use crate::ending::Ending;
@@ -108,6 +108,11 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// A watch for the device in `slot`.
+    pub(crate) fn new(epoll: Arc<Epoll>, slot: u32) -> Self {
+        Self { epoll, slot }
+    }
+
     /// Calls `Device::event` with `token` (below 2^32 - 1) when one of `events` is there.
     ///
     /// # Errors
@@ -203,13 +208,10 @@ impl Worker {
         })
     }
 
-    /// Where the registers of this worker's devices send their commands.
-    pub fn mailbox(&self) -> Arc<Mailbox> {
-        self.mailbox.clone()
-    }
-
-    /// Takes over a device; returns its slot.
-    pub fn attach(&mut self, device: Box<dyn Device>, link: Arc<Link>) -> usize {
+    /// Takes over a device; returns its side of the bus.
+    pub fn attach(&mut self, device: Box<dyn Device>, link: Arc<Link>) -> Transport {
+        let slot = self.slots.len();
+        let transport = Transport::new(device.as_ref(), link.clone(), self.mailbox.clone(), slot);
         let faults = self.counters.register(format!("{}.faults", device.name()));
         self.slots.push(Slot {
             device,
@@ -217,7 +219,7 @@ impl Worker {
             io: None,
             faults,
         });
-        self.slots.len() - 1
+        transport
     }
 
     /// Starts the thread. It never returns: the VM ends by leaving the process.
@@ -302,10 +304,7 @@ impl Worker {
         };
         // Slots are counted by the machine and are few.
         let number = u32::try_from(index).unwrap_or(MAILBOX - 1);
-        let watch = Watch {
-            epoll: self.epoll.clone(),
-            slot: number,
-        };
+        let watch = Watch::new(self.epoll.clone(), number);
         let link = slot.link.clone();
         if let Err(source) = watch.control(
             ControlOperation::Add,

@@ -1,0 +1,209 @@
+//! Boots a kernel and an initramfs in the VMM and prints what it says: a small owner of a sandbox, for trying things
+//! out and for measuring. Needs `/dev/kvm`.
+//!
+//! `boot VMM KERNEL INITRAMFS [vcpus=N] [mem=MIB] [share=TAG:DIR] [console] [huge=0] [deadline=MS] [words=...]`
+//!
+//! Connections of the guest to port 1 are printed; to port 2, echoed; to port 3, swallowed and counted; from port 4, a
+//! GiB of a known pattern is sent to the guest; other ports are refused. `counters` are printed at the end.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use caisson_vmm_spec::{Event, Fd, MemorySpec, MiB, Request, SPEC_FD, ShareSpec, VmSpec};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
+    SocketType, recvmsg, send, socketpair,
+};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const GIB: u64 = 1 << 30;
+
+fn main() -> Result<ExitCode> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [vmm, kernel, initramfs, options @ ..] = arguments.as_slice() else {
+        return Err("boot VMM KERNEL INITRAMFS [options]".into());
+    };
+    let option = |name: &str| options.iter().find_map(|o| o.strip_prefix(name));
+    let mut files = Files::default();
+    let none = SocketFlags::empty();
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, none, None)?;
+    fcntl_setfd(&ours, FdFlags::CLOEXEC)?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+    let mut spec = VmSpec {
+        kvm: files.add(kvm.into())?,
+        control: files.add(theirs)?,
+        kernel: files.add(File::open(kernel)?.into())?,
+        initramfs: files.add(File::open(initramfs)?.into())?,
+        cmdline: option("words=").unwrap_or_default().to_owned(),
+        vcpus: option("vcpus=").map_or(Ok(1), str::parse)?,
+        memory: MemorySpec {
+            size: MiB(option("mem=").map_or(Ok(256), str::parse)?),
+            huge_pages: option("huge=") != Some("0"),
+        },
+        boot_deadline_ms: option("deadline=").map_or(Ok(0), str::parse)?,
+        shares: Vec::new(),
+        networks: Vec::new(),
+        disks: Vec::new(),
+        console: None,
+    };
+    if options.iter().any(|option| option == "console") {
+        spec.console = Some(files.add(rustix::io::dup(io::stderr())?)?);
+    }
+    if let Some((tag, dir)) = option("share=").and_then(|share| share.split_once(':')) {
+        let root = files.add(File::open(dir)?.into())?;
+        spec.shares.push(ShareSpec {
+            tag: tag.to_owned(),
+            root,
+        });
+    }
+    let start = Instant::now();
+    let mut child = files.spawn(vmm, &spec)?;
+    while let Some((event, socket)) = receive(&ours)? {
+        match (event, socket) {
+            (Event::Accepted { port }, Some(socket)) => {
+                println!("{:?} accepted port {port}", start.elapsed());
+                std::thread::spawn(move || serve(port, UnixStream::from(socket)));
+            }
+            (event @ Event::Ended { .. }, _) => {
+                println!("{:?} {event:?}", start.elapsed());
+                break;
+            }
+            (event, _) => println!("{:?} {event:?}", start.elapsed()),
+        }
+        if option("counters=") == Some("1") {
+            let ask = serde_json::to_vec(&Request::Counters)?;
+            send(&ours, &ask, SendFlags::empty())?;
+        }
+    }
+    let status = child.wait()?;
+    println!("{:?} {status}", start.elapsed());
+    Ok(ExitCode::from(
+        u8::try_from(status.code().unwrap_or(255)).unwrap_or(255),
+    ))
+}
+
+/// Descriptors that the child inherits under the numbers that they have here.
+#[derive(Default)]
+struct Files(Vec<OwnedFd>);
+
+impl Files {
+    fn add(&mut self, fd: OwnedFd) -> Result<Fd> {
+        // Above the numbers that mean something.
+        let fd = rustix::io::fcntl_dupfd_cloexec(&fd, SPEC_FD + 7)?;
+        fcntl_setfd(&fd, FdFlags::empty())?;
+        let number = Fd(fd.as_raw_fd());
+        self.0.push(fd);
+        Ok(number)
+    }
+
+    fn spawn(self, vmm: &str, spec: &VmSpec) -> Result<std::process::Child> {
+        let (reader, mut writer) = io::pipe()?;
+        writer.write_all(&serde_json::to_vec(spec)?)?;
+        drop(writer);
+        let reader = self.onto_spec_fd(reader.into())?;
+        let child = Command::new(vmm).spawn()?;
+        drop(reader);
+        Ok(child)
+    }
+
+    #[allow(unsafe_code, reason = "the spec's descriptor is known by number only")]
+    fn onto_spec_fd(&self, fd: OwnedFd) -> Result<OwnedFd> {
+        if fd.as_raw_fd() == SPEC_FD {
+            fcntl_setfd(&fd, FdFlags::empty())?;
+            return Ok(fd);
+        }
+        // SAFETY: dup2 closes what is at SPEC_FD: nothing of this program, which keeps its files above it.
+        let number = unsafe { libc::dup2(fd.as_raw_fd(), SPEC_FD) };
+        if number < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        // SAFETY: dup2 returned it, and nothing else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+}
+
+fn receive(socket: &OwnedFd) -> Result<Option<(Event, Option<OwnedFd>)>> {
+    let mut bytes = vec![0; caisson_vmm_spec::MAX_PACKET_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let vectors = &mut [IoSliceMut::new(&mut bytes)];
+    let got = recvmsg(socket, vectors, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    if got == 0 {
+        return Ok(None);
+    }
+    let fd = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    Ok(Some((serde_json::from_slice(&bytes[..got])?, fd)))
+}
+
+/// The byte at `offset` of the stream that port 4 sends and port 3 expects.
+fn pattern(offset: u64) -> u8 {
+    (offset ^ offset >> 8 ^ offset >> 20).to_le_bytes()[0]
+}
+
+fn serve(port: u32, mut socket: UnixStream) {
+    let served = match port {
+        1 => print(&mut socket),
+        2 => echo(&mut socket),
+        3 => swallow(&mut socket),
+        4 => pour(&mut socket),
+        _ => Ok(()),
+    };
+    if let Err(error) = served {
+        println!("port {port}: {error}");
+    }
+}
+
+fn print(socket: &mut UnixStream) -> io::Result<()> {
+    let mut text = String::new();
+    socket.read_to_string(&mut text)?;
+    text.lines().for_each(|line| println!("guest: {line}"));
+    Ok(())
+}
+
+fn echo(socket: &mut UnixStream) -> io::Result<()> {
+    let copied = io::copy(&mut socket.try_clone()?, socket)?;
+    println!("echoed {copied} bytes");
+    socket.shutdown(Shutdown::Write)
+}
+
+fn swallow(socket: &mut UnixStream) -> io::Result<()> {
+    let (start, mut buffer, mut offset, mut wrong) = (Instant::now(), vec![0; 1 << 16], 0, 0u64);
+    loop {
+        let got = socket.read(&mut buffer)?;
+        if got == 0 {
+            break;
+        }
+        for byte in &buffer[..got] {
+            wrong += u64::from(*byte != pattern(offset));
+            offset += 1;
+        }
+    }
+    println!(
+        "swallowed {offset} bytes, {wrong} wrong, in {:?}",
+        start.elapsed()
+    );
+    socket.write_all(&offset.to_le_bytes())
+}
+
+fn pour(socket: &mut UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    for block in (0..GIB).step_by(1 << 16) {
+        for (offset, byte) in (block..).zip(&mut buffer) {
+            *byte = pattern(offset);
+        }
+        socket.write_all(&buffer)?;
+    }
+    socket.shutdown(Shutdown::Write)
+}

@@ -1,0 +1,222 @@
+//! The control socket: requests of the sandbox's owner in, events out; one packet each, at most one descriptor.
+//!
+//! Contract: sending never blocks ([`Control::send`]), except for the last word ([`Control::send_last`]), which waits at
+//! most a second. The owner is trusted, but a packet that is too long or makes no sense is refused, not guessed at.
+//! Threads: any thread sends; only the main thread receives.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use caisson_vmm_spec::{Event, MAX_PACKET_BYTES, Request};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+const LAST_WORD_PATIENCE: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
+/// A packet could not be received.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The socket failed.
+    #[error("read the control socket")]
+    Receive(#[source] io::Error),
+    /// Longer than both sides agreed.
+    #[error(
+        "a request is longer than {MAX_PACKET_BYTES} bytes or carries more than one descriptor"
+    )]
+    TooLong,
+    /// Not a [`Request`].
+    #[error("a request makes no sense")]
+    Nonsense(#[source] serde_json::Error),
+}
+
+/// What the owner said.
+#[derive(Debug)]
+pub enum Heard {
+    /// A request, with the descriptor that came with it.
+    Request(Request, Option<OwnedFd>),
+    /// Nothing now.
+    Nothing,
+    /// The owner is gone.
+    Closed,
+}
+
+/// The VMM's end of the control socket.
+#[derive(Debug)]
+pub struct Control(OwnedFd);
+
+impl Control {
+    /// Speaks over this `SOCK_SEQPACKET` socket.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self(socket)
+    }
+
+    /// The next packet, without waiting.
+    ///
+    /// # Errors
+    /// [`ControlError`]; all but `Receive` leave the socket usable.
+    pub fn receive(&self) -> Result<Heard, ControlError> {
+        let mut bytes = vec![0; MAX_PACKET_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = match recvmsg(
+            &self.0,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut ancillary,
+            flags,
+        ) {
+            Ok(received) => received,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
+                return Ok(Heard::Nothing);
+            }
+            Err(rustix::io::Errno::CONNRESET) => return Ok(Heard::Closed),
+            Err(error) => return Err(ControlError::Receive(error.into())),
+        };
+        let mut fds: Vec<OwnedFd> = ancillary
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        if received
+            .flags
+            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+            || fds.len() > 1
+        {
+            return Err(ControlError::TooLong);
+        }
+        if received.bytes == 0 {
+            return Ok(Heard::Closed);
+        }
+        let request = serde_json::from_slice(&bytes[..received.bytes]);
+        Ok(Heard::Request(
+            request.map_err(ControlError::Nonsense)?,
+            fds.pop(),
+        ))
+    }
+
+    /// Sends an event, with a descriptor if it has one.
+    ///
+    /// # Errors
+    /// `WouldBlock` if the owner does not read, `BrokenPipe` if it is gone.
+    pub fn send(&self, event: &Event, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let bytes = serde_json::to_vec(event)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds: Vec<_> = fd.into_iter().collect();
+        if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
+        Ok(())
+    }
+
+    /// Sends the last event, waiting a second at most for an owner that is behind with its reading.
+    ///
+    /// # Errors
+    /// As [`Control::send`].
+    pub fn send_last(&self, event: &Event) -> io::Result<()> {
+        match self.send(event, None) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let mut wait = [PollFd::new(&self.0, PollFlags::OUT)];
+                poll(&mut wait, Some(&LAST_WORD_PATIENCE))?;
+                self.send(event, None)
+            }
+            sent => sent,
+        }
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, send, socketpair};
+
+    use super::*;
+
+    fn pair() -> (Control, OwnedFd) {
+        let kind = (
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+        );
+        let (ours, theirs) = socketpair(kind.0, kind.1, kind.2, None).unwrap();
+        (Control::new(ours), theirs)
+    }
+
+    fn say(owner: &OwnedFd, bytes: &[u8]) {
+        send(owner, bytes, SendFlags::empty()).unwrap();
+    }
+
+    #[test]
+    fn requests_are_heard_one_packet_at_a_time() {
+        let (control, owner) = pair();
+        assert!(matches!(control.receive(), Ok(Heard::Nothing)));
+        say(&owner, br#"{"request":"pause"}"#);
+        say(&owner, br#"{"request":"connect","port":7}"#);
+        assert!(matches!(
+            control.receive(),
+            Ok(Heard::Request(Request::Pause, None))
+        ));
+        let second = control.receive();
+        assert!(matches!(
+            second,
+            Ok(Heard::Request(Request::Connect { port: 7 }, None))
+        ));
+        drop(owner);
+        assert!(matches!(control.receive(), Ok(Heard::Closed)));
+    }
+
+    #[test]
+    fn nonsense_is_refused_and_the_socket_stays_usable() {
+        let (control, owner) = pair();
+        say(&owner, b"{}");
+        assert!(matches!(control.receive(), Err(ControlError::Nonsense(_))));
+        say(&owner, &vec![b' '; MAX_PACKET_BYTES + 1]);
+        assert!(matches!(control.receive(), Err(ControlError::TooLong)));
+        say(&owner, br#"{"request":"stop"}"#);
+        assert!(matches!(
+            control.receive(),
+            Ok(Heard::Request(Request::Stop, None))
+        ));
+    }
+
+    #[test]
+    fn a_descriptor_travels_both_ways() {
+        let (control, owner) = pair();
+        let (reader, writer) = io::pipe().unwrap();
+        control
+            .send(&Event::Accepted { port: 9 }, Some(writer.as_fd()))
+            .unwrap();
+        drop(writer);
+        let owner = Control::new(owner);
+        // The owner's side is not a `Control` really, but it receives descriptors the same way.
+        assert!(matches!(owner.receive(), Err(ControlError::Nonsense(_))));
+        // The descriptor that came with it was closed: the pipe has no writer left.
+        assert_eq!(io::read_to_string(reader).unwrap(), "");
+    }
+
+    #[test]
+    fn an_owner_that_does_not_read_cannot_block_the_vm() {
+        let (control, _owner) = pair();
+        let error = (0..100_000)
+            .find_map(|_| control.send(&Event::Paused, None).err())
+            .unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+}

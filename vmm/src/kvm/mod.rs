@@ -1,0 +1,148 @@
+//! The machine as KVM knows it: address space, interrupt controllers, devices' doorbells, vCPUs.
+//!
+//! Contract: `Machine` in, vCPUs out; interrupts are delivered by irqfd, kicks by ioeventfd, both in the kernel. There
+//! is no PIT: the guest has kvm-clock and a TSC-deadline LAPIC timer.
+//! Not here: guest memory's contents (`boot`), what exits mean (`vcpu.rs`, `bus.rs`).
+#![allow(unsafe_code, reason = "KVM is given the address of guest memory")]
+
+pub mod cpuid;
+pub mod kick;
+pub mod state;
+pub mod vcpu;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::Entry;
+use crate::memory::Mem;
+use crate::virtio::transport::Link;
+use state::VcpuState;
+
+/// The version of KVM's API, unchanged since 2007.
+const API_VERSION: i32 = 12;
+/// Three pages below the BIOS for Intel's real-mode emulation, out of the way of everything else.
+const TSS_ADDR: usize = 0xfffb_d000;
+
+/// KVM refused something.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM: {step}")]
+pub struct KvmError {
+    /// What was asked of it.
+    pub step: &'static str,
+    /// The cause.
+    #[source]
+    pub source: kvm_ioctls::Error,
+}
+
+fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError { step, source }
+}
+
+/// A VM without vCPUs.
+#[derive(Debug)]
+pub struct Vm {
+    kvm: Kvm,
+    vm: VmFd,
+    /// Kept because KVM has its address.
+    _mem: Mem,
+}
+
+impl Vm {
+    /// A VM with this memory and its interrupt controllers.
+    ///
+    /// # Errors
+    /// [`KvmError`]: `kvm` is no KVM device, or the host refuses a step.
+    pub fn new(kvm: Kvm, mem: &Mem) -> Result<Self, KvmError> {
+        if kvm.get_api_version() != API_VERSION {
+            let source = kvm_ioctls::Error::new(libc::ENOTTY);
+            return Err(KvmError {
+                step: "ask for its version (is it /dev/kvm?)",
+                source,
+            });
+        }
+        let vm = kvm.create_vm().map_err(step("create a VM"))?;
+        vm.set_tss_address(TSS_ADDR)
+            .map_err(step("set the TSS address"))?;
+        vm.create_irq_chip()
+            .map_err(step("create the interrupt controllers"))?;
+        for (slot, region) in (0..).zip(mem.iter()) {
+            let memory = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is the whole of one mapping of `mem`, which lives as long as the VM (`_mem`).
+            unsafe { vm.set_user_memory_region(memory) }.map_err(step("map guest memory"))?;
+        }
+        Ok(Self {
+            kvm,
+            vm,
+            _mem: mem.clone(),
+        })
+    }
+
+    /// Wires a device: its interrupt to `irq`, kicks of its queues (at `base`) to its eventfd.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn wire(&self, link: &Link, base: u64, irq: u32) -> Result<(), KvmError> {
+        self.wire_interrupt(&link.line.irqfd, irq)?;
+        let notify = IoEventAddress::Mmio(base + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
+        self.vm
+            .register_ioevent(&link.kick, &notify, NoDatamatch)
+            .map_err(step("register a queue's doorbell"))
+    }
+
+    /// Wires an eventfd to an interrupt.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn wire_interrupt(&self, event: &EventFd, irq: u32) -> Result<(), KvmError> {
+        self.vm
+            .register_irqfd(event, irq)
+            .map_err(step("register an interrupt"))
+    }
+
+    /// `cpus` vCPUs, the first at `entry`, the others waiting to be started by it.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn vcpus(&self, cpus: u8, entry: Entry) -> Result<Vec<VcpuFd>, KvmError> {
+        let supported = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        let supported = supported.map_err(step("ask for the supported CPUID"))?;
+        (0..cpus)
+            .map(|id| self.vcpu(id, cpus, supported.as_slice(), entry))
+            .collect()
+    }
+
+    fn vcpu(
+        &self,
+        id: u8,
+        cpus: u8,
+        supported: &[kvm_bindings::kvm_cpuid_entry2],
+        entry: Entry,
+    ) -> Result<VcpuFd, KvmError> {
+        let vcpu = self
+            .vm
+            .create_vcpu(u64::from(id))
+            .map_err(step("create a vCPU"))?;
+        let entries = cpuid::entries(supported, u32::from(id), u32::from(cpus));
+        let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError {
+            step: "list the CPUID entries",
+            source: kvm_ioctls::Error::new(libc::E2BIG),
+        })?;
+        vcpu.set_cpuid2(&cpuid).map_err(step("set the CPUID"))?;
+        if id == 0 {
+            let reset = vcpu
+                .get_sregs()
+                .map_err(step("read the system registers"))?;
+            VcpuState::at_entry(reset, entry).apply(&vcpu)?;
+        }
+        Ok(vcpu)
+    }
+}

@@ -1,0 +1,64 @@
+//! The descriptors of a spec, taken over and given names.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use caisson_vmm_spec::{DiskSpec, NetworkSpec, ShareSpec, VmSpec};
+
+use super::SetupError;
+use crate::boot;
+use crate::fds::Inherited;
+
+/// Every file of a VM except its control socket.
+pub(super) struct Files {
+    pub(super) kvm: OwnedFd,
+    pub(super) boot: boot::Files,
+    pub(super) console: Option<File>,
+    pub(super) devices: DeviceFiles,
+}
+
+/// The devices that the spec asks for, each with its file.
+pub(super) struct DeviceFiles {
+    pub(super) networks: Vec<(NetworkSpec, OwnedFd)>,
+    pub(super) disks: Vec<(DiskSpec, File)>,
+    pub(super) shares: Vec<(ShareSpec, OwnedFd)>,
+}
+
+impl Files {
+    /// Takes over all that `spec` names, before this process opens anything itself.
+    pub(super) fn take(spec: &VmSpec, inherited: &mut Inherited) -> Result<Self, SetupError> {
+        let kvm = inherited.take("the KVM device", spec.kvm)?;
+        let kernel = File::from(inherited.take("the kernel", spec.kernel)?);
+        let initramfs = File::from(inherited.take("the initramfs", spec.initramfs)?);
+        let console = spec
+            .console
+            .map(|fd| inherited.take("the debug console", fd))
+            .transpose()?;
+        let (mut networks, mut disks, mut shares) = (Vec::new(), Vec::new(), Vec::new());
+        for network in &spec.networks {
+            networks.push((network.clone(), inherited.take("a tap", network.tap)?));
+        }
+        for disk in &spec.disks {
+            disks.push((
+                disk.clone(),
+                File::from(inherited.take("a disk", disk.file)?),
+            ));
+        }
+        for share in &spec.shares {
+            shares.push((
+                share.clone(),
+                inherited.take("a shared directory", share.root)?,
+            ));
+        }
+        Ok(Self {
+            kvm,
+            boot: boot::Files { kernel, initramfs },
+            console: console.map(File::from),
+            devices: DeviceFiles {
+                networks,
+                disks,
+                shares,
+            },
+        })
+    }
+}

@@ -1,0 +1,186 @@
+//! Puts the devices together: each gets a slot on the bus, an interrupt, a worker thread.
+//!
+//! Slots are given in order: the three that every VM has, then networks, disks and shares in the spec's order. Shares
+//! get a thread each, because they wait for the host's file system; all others share one.
+
+use std::error::Error;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use caisson_vmm_spec::Event;
+
+use super::files::DeviceFiles;
+use super::{SetupError, host};
+use crate::bus::device_base;
+use crate::control::Control;
+use crate::counters::Counters;
+use crate::devices::balloon::Balloon;
+use crate::devices::block::Block;
+use crate::devices::fs::Fs;
+use crate::devices::net::Net;
+use crate::devices::rng::Rng;
+use crate::devices::vsock::muxer::Owner;
+use crate::devices::vsock::{Dials, Vsock};
+use crate::ending::Ending;
+use crate::kvm::Vm;
+use crate::memory::Mem;
+use crate::virtio::Device;
+use crate::virtio::transport::{Link, Transport};
+use crate::virtio::worker::Worker;
+
+/// Interrupts by slot: pins of the IOAPIC without the console's (4), the clock's (8), the FPU's (13) and those below.
+const INTERRUPTS: [u32; 17] = [
+    5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
+];
+
+/// The interrupts of the first `count` slots.
+pub(super) fn interrupts(count: usize) -> &'static [u32] {
+    &INTERRUPTS[..count.min(INTERRUPTS.len())]
+}
+
+/// The way to the sandbox's owner, for the socket device.
+#[derive(Debug)]
+pub(super) struct OwnerLink {
+    control: Arc<Control>,
+    booted: AtomicBool,
+}
+
+impl OwnerLink {
+    /// Over this socket.
+    pub(super) fn new(control: Arc<Control>) -> Self {
+        Self {
+            control,
+            booted: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether the guest has connected to anything yet.
+    pub(super) fn has_booted(&self) -> bool {
+        self.booted.load(Ordering::Acquire)
+    }
+}
+
+impl Owner for Arc<OwnerLink> {
+    fn accepted(&self, port: u32, socket: UnixStream) -> io::Result<()> {
+        self.booted.store(true, Ordering::Release);
+        self.control.send(
+            &Event::Accepted { port },
+            Some(std::os::fd::AsFd::as_fd(&socket)),
+        )
+    }
+}
+
+/// Devices on their way onto the bus.
+pub(super) struct Rack<'a> {
+    vm: &'a Vm,
+    mem: &'a Mem,
+    ending: &'a Arc<Ending>,
+    counters: &'a Counters,
+    io: Worker,
+    shares: Vec<Worker>,
+    transports: Vec<Transport>,
+}
+
+impl<'a> Rack<'a> {
+    /// An empty rack.
+    pub(super) fn new(
+        vm: &'a Vm,
+        mem: &'a Mem,
+        ending: &'a Arc<Ending>,
+        counters: &'a Counters,
+    ) -> Result<Self, SetupError> {
+        let io = Worker::new(mem, ending, counters).map_err(host("make the io worker"))?;
+        Ok(Self {
+            vm,
+            mem,
+            ending,
+            counters,
+            io,
+            shares: Vec::new(),
+            transports: Vec::new(),
+        })
+    }
+
+    /// The devices of every VM. Returns the way to dial into the guest.
+    pub(super) fn add_common(&mut self, link: &Arc<OwnerLink>) -> Result<Arc<Dials>, SetupError> {
+        let dials = Arc::new(Dials::new().map_err(host("make an eventfd"))?);
+        let owner = Box::new(link.clone());
+        self.add(Box::new(Vsock::new(
+            self.mem,
+            owner,
+            dials.clone(),
+            self.counters,
+        )))?;
+        self.add(Box::new(Rng::new(self.mem)))?;
+        self.add(Box::new(Balloon::new(self.mem, self.counters)))?;
+        Ok(dials)
+    }
+
+    /// The devices that the spec asks for.
+    pub(super) fn add_configured(&mut self, files: DeviceFiles) -> Result<(), SetupError> {
+        for (index, (spec, tap)) in files.networks.into_iter().enumerate() {
+            let name = format!("net{index}");
+            let net = Net::new(&name, tap, spec.mac, spec.mtu, self.mem, self.counters);
+            self.add(Box::new(net))?;
+        }
+        for (index, (spec, file)) in files.disks.into_iter().enumerate() {
+            let name = format!("blk{index}");
+            let (read_only, serial) = (spec.read_only, &spec.serial);
+            let block = Block::new(&name, file, read_only, serial, self.mem, self.counters);
+            self.add(Box::new(block.map_err(device(&name))?))?;
+        }
+        for (index, (spec, root)) in files.shares.into_iter().enumerate() {
+            let name = format!("fs{index}");
+            let fs = Fs::new(&name, &spec.tag, root, self.mem, self.counters);
+            let fs = Box::new(fs.map_err(device(&name))?);
+            let mut worker = Worker::new(self.mem, self.ending, self.counters)
+                .map_err(host("make a share's worker"))?;
+            let transport = wire(self.vm, self.transports.len(), fs, &mut worker)?;
+            self.transports.push(transport);
+            self.shares.push(worker);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, device: Box<dyn Device>) -> Result<(), SetupError> {
+        let (vm, slot) = (self.vm, self.transports.len());
+        let transport = wire(vm, slot, device, &mut self.io)?;
+        self.transports.push(transport);
+        Ok(())
+    }
+
+    /// Starts the threads; the devices as the bus sees them.
+    pub(super) fn start(self) -> Result<Vec<Transport>, SetupError> {
+        self.io.spawn("io").map_err(host("start the io thread"))?;
+        for (index, worker) in self.shares.into_iter().enumerate() {
+            worker
+                .spawn(&format!("fs{index}"))
+                .map_err(host("start a share's thread"))?;
+        }
+        Ok(self.transports)
+    }
+}
+
+fn wire(
+    vm: &Vm,
+    slot: usize,
+    device: Box<dyn Device>,
+    worker: &mut Worker,
+) -> Result<Transport, SetupError> {
+    let interrupt = INTERRUPTS
+        .get(slot)
+        .ok_or(SetupError::Value("more than 17 devices"))?;
+    let link = Arc::new(Link::new().map_err(host("make an eventfd"))?);
+    vm.wire(&link, device_base(slot), *interrupt)?;
+    Ok(worker.attach(device, link))
+}
+
+fn device<E: Error + Send + Sync + 'static>(what: &str) -> impl FnOnce(E) -> SetupError {
+    let what = what.to_owned();
+    move |source| SetupError::Device {
+        what,
+        source: Box::new(source),
+    }
+}

@@ -1,0 +1,121 @@
+//! The main thread once the guest runs: the owner's requests, the boot deadline, the end.
+
+use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use caisson_vmm_spec::{Cause, Event, Request};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Machine, one_line};
+use crate::control::{Control, ControlError, Heard};
+use crate::ending::End;
+
+fn stopped(message: &str) -> End {
+    End {
+        cause: Cause::PowerOff,
+        message: message.to_owned(),
+    }
+}
+
+impl Machine {
+    /// Serves the owner until the VM ends.
+    pub(super) fn serve(&self, control: &Control) -> End {
+        let mut deadline = self.boot_deadline.map(|limit| Instant::now() + limit);
+        loop {
+            if self.link.has_booted() {
+                deadline = None;
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return self.boot_timed_out();
+            }
+            if let Err(errno) = self.wait(control, left) {
+                return End {
+                    cause: Cause::HostError,
+                    message: format!("poll: {errno}"),
+                };
+            }
+            if let Some(end) = self.ending.reported() {
+                return end;
+            }
+            if let Some(end) = self.hear(control) {
+                return end;
+            }
+        }
+    }
+
+    /// Returns when the owner spoke, the VM ended, or `left` is over.
+    fn wait(&self, control: &Control, left: Option<Duration>) -> Result<(), rustix::io::Errno> {
+        let mut fds = [
+            PollFd::new(control, PollFlags::IN),
+            PollFd::new(&*self.ending, PollFlags::IN),
+        ];
+        // A deadline is milliseconds in a u64: longer ones than a timespec holds are no deadline.
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn boot_timed_out(&self) -> End {
+        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = tail
+            .lines()
+            .pop()
+            .unwrap_or_else(|| "its console is silent".to_owned());
+        let limit = self.boot_deadline.unwrap_or_default();
+        let message = format!("the agent did not connect within {limit:?} of boot: {last}");
+        End {
+            cause: Cause::BootTimeout,
+            message,
+        }
+    }
+
+    fn hear(&self, control: &Control) -> Option<End> {
+        match control.receive() {
+            Ok(Heard::Nothing) => None,
+            Ok(Heard::Closed) => Some(stopped("the owner is gone")),
+            Ok(Heard::Request(Request::Stop, _)) => Some(stopped("stopped by its owner")),
+            Ok(Heard::Request(request, fd)) => {
+                self.obey(request, fd.map(UnixStream::from), control);
+                None
+            }
+            Err(error @ ControlError::Receive(_)) => Some(End {
+                cause: Cause::HostError,
+                message: one_line(&error),
+            }),
+            Err(error) => {
+                eprintln!("caisson-vmm: {}", one_line(&error));
+                None
+            }
+        }
+    }
+
+    fn obey(&self, request: Request, socket: Option<UnixStream>, control: &Control) {
+        let answer = match request {
+            Request::Connect { port } => {
+                // Without a socket there is nothing to connect.
+                if let Some(socket) = socket {
+                    self.dials.push(port, socket);
+                }
+                return;
+            }
+            Request::Pause => {
+                self.vcpus.pause();
+                Event::Paused
+            }
+            Request::Resume => {
+                self.vcpus.resume();
+                Event::Resumed
+            }
+            Request::Counters => Event::Counters {
+                values: self.counters.values(),
+            },
+            Request::Stop => return,
+        };
+        // An owner that does not read its answers has itself to blame.
+        let _ = control.send(&answer, None);
+    }
+}
