@@ -118,38 +118,85 @@ pub fn framing(command: &Command) -> (&'static str, ExitCode) {
     }
 }
 
-/// A command line that was not understood, in runc's words, and the exit status.
-pub fn usage(error: &clap::Error) -> (String, ExitCode) {
+/// A command line that was not understood.
+#[derive(Debug)]
+pub struct Misuse {
+    /// What is wrong with it, in runc's words.
+    pub message: String,
+    /// The command that it names, if it got that far.
+    pub command: Option<String>,
+    /// runc's exit status.
+    pub status: ExitCode,
+}
+
+/// How many words each command takes, as runc says it.
+const ARGUMENTS: &[(&str, &str)] = &[
+    ("create", "exactly 1"),
+    ("delete", "exactly 1"),
+    ("exec", "a minimum of 1"),
+    ("kill", "a minimum of 1"),
+    ("run", "exactly 1"),
+    ("start", "exactly 1"),
+    ("state", "exactly 1"),
+];
+
+/// Says what is wrong with a command line.
+pub fn misuse(error: &clap::Error) -> Misuse {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => text.as_str(),
         Some(ContextValue::Strings(all)) => all.first().map_or("", String::as_str),
         _ => "",
     };
+    let command = command_of(error);
+    let arguments = ARGUMENTS
+        .iter()
+        .find(|(name, _)| command.as_deref() == Some(name));
     let argument = context(ContextKind::InvalidArg);
-    let name = argument
+    let flag = argument
         .split([' ', '='])
         .next()
         .unwrap_or_default()
         .trim_start_matches('-');
-    match error.kind() {
-        ErrorKind::UnknownArgument if argument.starts_with('-') => (
-            format!("flag provided but not defined: -{name}"),
-            ExitCode::FAILURE,
-        ),
-        ErrorKind::InvalidSubcommand => {
-            let word = context(ContextKind::InvalidSubcommand);
-            (format!("No help topic for '{word}'"), ExitCode::from(3))
+    let message = match (error.kind(), arguments) {
+        (ErrorKind::UnknownArgument, _) if argument.starts_with('-') => {
+            format!("flag provided but not defined: -{flag}")
         }
-        ErrorKind::MissingRequiredArgument => (
-            format!("a required argument is missing: {argument}"),
-            ExitCode::FAILURE,
-        ),
-        ErrorKind::InvalidValue if context(ContextKind::InvalidValue).is_empty() => (
-            format!("flag needs an argument: -{name}"),
-            ExitCode::FAILURE,
-        ),
-        _ => (first_line(&error.to_string()), ExitCode::FAILURE),
+        (ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument, Some((name, count))) => {
+            format!("caisson: \"{name}\" requires {count} argument(s)")
+        }
+        (ErrorKind::InvalidSubcommand, _) => {
+            format!(
+                "No help topic for '{}'",
+                context(ContextKind::InvalidSubcommand)
+            )
+        }
+        (ErrorKind::InvalidValue, _) if context(ContextKind::InvalidValue).is_empty() => {
+            format!("flag needs an argument: -{flag}")
+        }
+        _ => first_line(&error.to_string()),
+    };
+    let unknown = error.kind() == ErrorKind::InvalidSubcommand;
+    let status = if unknown {
+        ExitCode::from(3)
+    } else {
+        ExitCode::FAILURE
+    };
+    Misuse {
+        message,
+        command,
+        status,
     }
+}
+
+/// The command in clap's usage line, `Usage: caisson state <container-id>`.
+fn command_of(error: &clap::Error) -> Option<String> {
+    let Some(ContextValue::StyledStr(usage)) = error.get(ContextKind::Usage) else {
+        return None;
+    };
+    let usage = usage.to_string();
+    let word = usage.split_whitespace().nth(2)?;
+    word.starts_with(|c: char| c.is_ascii_lowercase())
+        .then(|| word.to_owned())
 }
 
 /// clap's message without its label and its hints.
@@ -191,7 +238,7 @@ mod tests {
         use clap::Parser;
         let refusal = |line: &str| {
             let error = crate::cli::Cli::try_parse_from(line.split_whitespace()).unwrap_err();
-            usage(&error)
+            misuse(&error)
         };
         for (line, wanted) in [
             ("caisson --foo", "flag provided but not defined: -foo"),
@@ -203,18 +250,30 @@ mod tests {
             ("caisson foo", "No help topic for 'foo'"),
             (
                 "caisson state",
-                "a required argument is missing: <container-id>",
+                "caisson: \"state\" requires exactly 1 argument(s)",
             ),
             ("caisson --root", "flag needs an argument: -root"),
-            ("caisson state a b", "unexpected argument 'b' found"),
+            (
+                "caisson state a b",
+                "caisson: \"state\" requires exactly 1 argument(s)",
+            ),
             (
                 "caisson create --preserve-fds x c",
                 "invalid value 'x' for '--preserve-fds <N>': invalid digit found in string",
             ),
         ] {
-            assert_eq!(refusal(line).0, wanted, "{line}");
+            assert_eq!(refusal(line).message, wanted, "{line}");
         }
-        assert_eq!(refusal("caisson foo").1, ExitCode::from(3));
-        assert_eq!(refusal("caisson state").1, ExitCode::FAILURE);
+        let unknown = refusal("caisson foo");
+        assert_eq!((unknown.status, unknown.command), (ExitCode::from(3), None));
+        let short = refusal("caisson --debug kill --all");
+        assert_eq!(
+            (short.status, short.command.as_deref()),
+            (ExitCode::FAILURE, Some("kill"))
+        );
+        assert_eq!(
+            short.message,
+            "caisson: \"kill\" requires a minimum of 1 argument(s)"
+        );
     }
 }

@@ -248,15 +248,34 @@ mod tests {
 
     #[test]
     fn a_hook_past_its_timeout_is_killed() {
-        let slow = r#"{"path":"/bin/sh","args":["sh","-c","while :; do read x < /dev/zero; done"],"timeout":1}"#;
-        let slow = slow.replace("while :; do read x < /dev/zero; done", "kill -STOP $$");
-        let error = run("prestart", &[hook(&slow)], b"")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.ends_with("hook ran past specified timeout of 1s"),
-            "{error}"
+        let mut child = command(&shell("kill -STOP $$")).spawn().unwrap();
+        assert_eq!(
+            wait(&mut child, Some(Duration::from_millis(1))).unwrap(),
+            None
         );
+        assert!(
+            child
+                .try_wait()
+                .unwrap()
+                .is_some_and(|status| !status.success())
+        );
+        let error = HookError::Timeout {
+            list: "prestart",
+            index: 1,
+            path: "/h".into(),
+            seconds: 1,
+        };
+        assert_eq!(
+            error.to_string(),
+            "error running prestart hook #1: /h: hook ran past specified timeout of 1s"
+        );
+    }
+
+    #[test]
+    fn a_hook_within_its_timeout_is_waited_for() {
+        let mut child = command(&shell("exit 7")).spawn().unwrap();
+        let status = wait(&mut child, Some(Duration::from_secs(600))).unwrap();
+        assert_eq!(status.and_then(|status| status.code()), Some(7));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The program `caisson`: argv in, exit status out.
 
-use std::{env, ffi::OsStr, process::ExitCode};
+use std::{env, ffi::OsStr, fmt::Display, process::ExitCode};
 
 use caisson::{
     cli::Cli,
@@ -21,13 +21,14 @@ fn main() -> ExitCode {
     match Cli::try_parse() {
         Ok(cli) => carry_out(cli),
         Err(error) if error.use_stderr() => {
-            let (message, status) = error::usage(&error);
+            let misuse = error::misuse(&error);
             println!(
-                "Incorrect Usage: {message}\n\n{}",
-                Cli::command().render_help()
+                "Incorrect Usage: {}\n\n{}",
+                misuse.message,
+                help(misuse.command.as_deref())
             );
-            Log::plain().error(&message);
-            status
+            Log::plain().error(&misuse.message);
+            misuse.status
         }
         // What was asked for is the help.
         Err(error) => {
@@ -62,4 +63,14 @@ fn carry_out(cli: Cli) -> ExitCode {
             .error(&format!("{prefix}{}", error::message(&error)));
         status
     })
+}
+
+/// The help of a command, or of all.
+fn help(command: Option<&str>) -> impl Display + use<> {
+    let mut all = Cli::command();
+    all.build();
+    match command.and_then(|name| all.find_subcommand_mut(name)) {
+        Some(command) => command.render_help(),
+        None => all.render_help(),
+    }
 }

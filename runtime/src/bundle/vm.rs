@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_section_of_the_wrong_shape_is_refused() {
-        assert!(parse(br#"{"ociVersion":"1.0.2","vm":[]}"#).is_err());
+        assert!(parse(br#"{"ociVersion":"1.0.2","vm":5}"#).is_err());
         assert!(parse(br#"{"ociVersion":"1.0.2","vm":{"hwConfig":{"vcpus":-1}}}"#).is_err());
     }
 }
