@@ -111,12 +111,14 @@ impl Agent {
         &self,
         id: &str,
         spec: Vec<u8>,
+        bundle: &str,
         ports: &StreamPorts,
     ) -> Result<u32, AgentError> {
         let call = "create the container";
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec,
+            bundle: bundle.to_owned(),
             stdio: Some(stdio(ports)).into(),
             preserved_ports: ports.preserved.clone(),
             ..Default::default()

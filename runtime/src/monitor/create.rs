@@ -23,10 +23,10 @@ use crate::{
     config::{Config, ConfigError},
     control::{ControlError, Listener},
     forwarded::Signals,
-    guest_spec::{self, HostFiles},
+    guest_spec,
     log::{Log, LogError},
     packet::{PacketError, Packets},
-    sandbox::{BootError, Booting, Sandbox, SandboxError, Started, Wanted},
+    sandbox::{BootError, Booting, CreateRequest, Sandbox, SandboxError, Wanted},
     share::{self, Share, ShareError},
     sizing::{self, Host, SizingError},
     state::{State, StateDir, StateError, Status, timestamp},
@@ -112,8 +112,8 @@ pub(super) async fn create(
     let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, Host::detect())?;
     // Nothing so far has left a trace. The session's end is this process's own from here on.
     rustix::process::setsid().map_err(host("leave the caller's session"))?;
-    rustix::process::umask(Mode::from_raw_mode(0o077));
     let dir = StateDir::claim(&order.root, &order.id)?;
+    rustix::process::umask(Mode::from_raw_mode(0o077));
     report.send(&Report::Claimed, &[]).await?;
     for warning in &bundle.warnings {
         report.send(&Report::Warning(warning.clone()), &[]).await?;
@@ -166,6 +166,11 @@ pub(super) async fn create(
     })?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
+    let request = CreateRequest {
+        spec: serde_json::to_vec(&guest).map_err(CreateError::Spec)?,
+        bundle: bundle.path.to_string_lossy().into_owned(),
+        wanted: Wanted::all(streams.terminal.is_some(), 0),
+    };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
 
     let created = async {
@@ -173,8 +178,9 @@ pub(super) async fn create(
             report.send(&Report::Hooks, &[]).await?;
             go(report).await?;
         }
-        let set_up = set_up(&sandbox, id, &guest, streams, &share, &host_files);
-        let terminal_and_progress = unless_abandoned(report, set_up).await??;
+        let set_up = set_up(&sandbox, id, request, streams);
+        let flowing = unless_abandoned(report, set_up).await??;
+        share.seal(id, &host_files)?;
         let listener = Listener::bind(dir.path())?;
         state.status = Status::Created;
         dir.store(&state)?;
@@ -184,7 +190,7 @@ pub(super) async fn create(
             dir.store(&state)?;
         }
         report.send(&Report::Ready { pid: state.pid }, &[]).await?;
-        Ok::<_, CreateError>((terminal_and_progress, listener))
+        Ok::<_, CreateError>((flowing, listener))
     };
     match created.await {
         Ok(((terminal, progress), listener)) => {
@@ -211,23 +217,14 @@ pub(super) async fn create(
 
 type Flowing = (Option<OwnedFd>, [Option<stdio::Progress>; 2]);
 
-/// The container in the guest, its streams flowing, its root file system as writable as it stays.
+/// The container in the guest, its streams flowing.
 async fn set_up(
     sandbox: &Sandbox,
     id: &str,
-    guest: &Spec,
+    request: CreateRequest,
     streams: Streams,
-    share: &Share,
-    files: &HostFiles,
 ) -> Result<Flowing, CreateError> {
-    let spec = serde_json::to_vec(guest).map_err(CreateError::Spec)?;
-    let Started {
-        streams: guest_ends,
-        ..
-    } = sandbox
-        .create(id, spec, Wanted::all(streams.terminal.is_some(), 0))
-        .await?;
-    share.seal(id, files)?;
+    let guest_ends = sandbox.create(id, request).await?.streams;
     let failed = |source| CreateError::Host {
         step: "pass the standard streams on",
         source,

@@ -10,6 +10,8 @@
 //! Not here: what a bundle says, the shared directory's contents, state on disk, who the caller is.
 
 mod boot;
+mod container;
+mod message;
 mod owner;
 mod ports;
 mod status;
@@ -28,7 +30,7 @@ use crate::{
     state::Status,
     vmm::{Ended, VmmError},
 };
-use owner::Message;
+use message::Message;
 
 /// The process id of a container's init.
 pub const INIT: &str = "";
@@ -112,6 +114,17 @@ pub struct Started {
     pub streams: Streams,
 }
 
+/// A container for a sandbox.
+#[derive(Debug)]
+pub struct CreateRequest {
+    /// `config.json` as the guest applies it.
+    pub spec: Vec<u8>,
+    /// The bundle's path on the host, which hooks in the guest are told.
+    pub bundle: String,
+    /// The streams of its init.
+    pub wanted: Wanted,
+}
+
 /// One more process for a container.
 #[derive(Debug)]
 pub struct ExecRequest {
@@ -135,21 +148,11 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Sets a container up as far as its parked init. `spec` is the specification as the guest applies it.
-    pub async fn create(
-        &self,
-        id: &str,
-        spec: Vec<u8>,
-        wanted: Wanted,
-    ) -> Result<Started, SandboxError> {
+    /// Sets a container up as far as its parked init.
+    pub async fn create(&self, id: &str, request: CreateRequest) -> Result<Started, SandboxError> {
         let id = id.to_owned();
-        self.ask(|reply| Message::Create {
-            id,
-            spec,
-            wanted,
-            reply,
-        })
-        .await
+        self.ask(|reply| Message::Create { id, request, reply })
+            .await
     }
 
     /// Lets a container's init go on; answers after its `execve`.

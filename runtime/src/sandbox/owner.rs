@@ -4,139 +4,36 @@
 //! time. The owner never waits for the guest: a call to the agent runs as a task of its own, whose result comes back as
 //! a message. A question that it cannot answer because the virtual machine ended is dropped unanswered; the handle then
 //! tells the asker why (`Sandbox::ask`).
-//! Not here: the table of states (`status.rs`), streams before they are connected (`ports.rs`).
+//! Not here: the table of states (`status.rs`), who waits for what (`container.rs`), streams before they are connected (`ports.rs`).
 
-use std::{collections::HashMap, future::Future, os::fd::OwnedFd, time::Duration};
+use std::{collections::HashMap, future::Future, time::Duration};
 
 use caisson_vmm_spec::{Cause, Event as VmEvent, Request};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::Instant,
 };
 
 use super::{
-    Event, ExecRequest, Exit, INIT, Refused, Reply, Sandbox, SandboxError, Started, Status,
-    Streams, Wanted, after, boot::LAST_BREATH, ports::Ports,
+    CreateRequest, Event, ExecRequest, Exit, INIT, Reply, Sandbox, SandboxError, Started, Status,
+    boot::LAST_BREATH,
+    container::Container,
+    message::{Done, Message},
+    ports::Ports,
 };
 use crate::{
-    agent::{Agent, AgentError, StreamPorts},
+    agent::{Agent, AgentError},
     vmm::{Ended, Vmm},
 };
 
 /// How many requests may queue before askers wait.
 const INBOX: usize = 64;
 
-/// How long the streams that the agent dialled may take to arrive after its answer: they were accepted before it.
-const STREAMS_ARRIVE: Duration = Duration::from_secs(10);
+/// How long a container may take to die of `SIGKILL`.
+const AFTER_KILL: Duration = Duration::from_secs(10);
 
 /// How long a virtual machine may live on after its agent has hung up; a panicking guest needs a moment to say so.
 const AFTER_AGENT: Duration = Duration::from_secs(3);
-
-/// What the owner is told.
-#[derive(Debug)]
-pub(super) enum Message {
-    Create {
-        id: String,
-        spec: Vec<u8>,
-        wanted: Wanted,
-        reply: Reply<Started>,
-    },
-    Start {
-        id: String,
-        reply: Reply<()>,
-    },
-    Exec {
-        id: String,
-        request: ExecRequest,
-        reply: Reply<Started>,
-    },
-    Wait {
-        id: String,
-        process_id: String,
-        reply: Reply<Exit>,
-    },
-    Signal {
-        id: String,
-        process_id: String,
-        signal: i32,
-        all: bool,
-        reply: Reply<()>,
-    },
-    Resize {
-        id: String,
-        process_id: String,
-        size: (u16, u16),
-        reply: Reply<()>,
-    },
-    Freeze {
-        id: String,
-        event: Event,
-        reply: Reply<()>,
-    },
-    Processes {
-        id: String,
-        reply: Reply<Vec<u32>>,
-    },
-    Status {
-        id: String,
-        reply: Reply<Status>,
-    },
-    Delete {
-        id: String,
-        reply: Reply<()>,
-    },
-    Stop,
-    Done(Done),
-}
-
-/// What a task that called the agent brings back.
-#[derive(Debug)]
-pub(super) enum Done {
-    Created {
-        id: String,
-        result: Result<Started, SandboxError>,
-        reply: Reply<Started>,
-    },
-    Changed {
-        id: String,
-        event: Event,
-        result: Result<(), AgentError>,
-        reply: Reply<()>,
-    },
-    Execed {
-        id: String,
-        process_id: String,
-        result: Result<Started, SandboxError>,
-        reply: Reply<Started>,
-    },
-    Ended {
-        id: String,
-        process_id: String,
-        result: Result<Exit, AgentError>,
-    },
-    Deleted {
-        id: String,
-        result: Result<(), AgentError>,
-        reply: Reply<()>,
-    },
-    Unkillable,
-    AgentGone,
-}
-
-/// A container as its owner sees it.
-#[derive(Debug)]
-struct Container {
-    status: Status,
-    /// Init under [`INIT`], and what `exec` started.
-    processes: HashMap<String, Process>,
-}
-
-/// A process: still running for as long as it has no exit.
-#[derive(Debug, Default)]
-struct Process {
-    exit: Option<Exit>,
-    waiting: Vec<Reply<Exit>>,
-}
 
 struct Owner {
     agent: Agent,
@@ -215,12 +112,7 @@ impl Owner {
 
     async fn handle(&mut self, message: Message, vmm: &Vmm) {
         match message {
-            Message::Create {
-                id,
-                spec,
-                wanted,
-                reply,
-            } => self.create(id, spec, wanted, reply),
+            Message::Create { id, request, reply } => self.create(id, request, reply),
             Message::Start { id, reply } => {
                 let agent = self.agent.clone();
                 let call = {
@@ -274,7 +166,7 @@ impl Owner {
                 self.call(reply, async move { Ok(agent.processes(&id).await?) });
             }
             Message::Status { id, reply } => {
-                let status = self.container(&id).map(|container| container.status);
+                let status = self.container(&id).map(Container::status);
                 answer(reply, status);
             }
             Message::Delete { id, reply } => self.delete(id, reply),
@@ -287,23 +179,21 @@ impl Owner {
         }
     }
 
-    fn create(&mut self, id: String, spec: Vec<u8>, wanted: Wanted, reply: Reply<Started>) {
+    fn create(&mut self, id: String, request: CreateRequest, reply: Reply<Started>) {
         if self.containers.contains_key(&id) {
             return answer(reply, Err(SandboxError::Exists("container")));
         }
-        let (ports, arriving) = match self.open(wanted) {
+        let (ports, arriving) = match self.ports.open_all(request.wanted) {
             Ok(open) => open,
             Err(error) => return answer(reply, Err(error)),
         };
-        let container = Container {
-            status: Status::Creating,
-            processes: HashMap::new(),
-        };
-        self.containers.insert(id.clone(), container);
+        self.containers.insert(id.clone(), Container::new());
         let agent = self.agent.clone();
         self.task(async move {
             let result = async {
-                let pid = agent.create(&id, spec, &ports).await?;
+                let pid = agent
+                    .create(&id, request.spec, &request.bundle, &ports)
+                    .await?;
                 Ok(Started {
                     pid,
                     streams: arriving.connected().await?,
@@ -324,30 +214,15 @@ impl Owner {
             wanted,
             ignore_paused,
         } = request;
-        let allowed = self.container(&id).and_then(|container| {
-            after(container.status, Event::Exec)?;
-            if container.status == Status::Paused && !ignore_paused {
-                return Err(Refused {
-                    from: Status::Paused,
-                    event: Event::Exec,
-                }
-                .into());
-            }
-            if container.processes.contains_key(&process_id) || process_id == INIT {
-                return Err(SandboxError::Exists("process"));
-            }
-            Ok(())
-        });
-        let open = allowed.and_then(|()| self.open(wanted));
-        let (ports, arriving) = match open {
+        let taken_up = self
+            .containers
+            .get_mut(&id)
+            .ok_or(SandboxError::NotFound("container"))
+            .and_then(|container| container.add(&process_id, ignore_paused));
+        let (ports, arriving) = match taken_up.and_then(|()| self.ports.open_all(wanted)) {
             Ok(open) => open,
             Err(error) => return answer(reply, Err(error)),
         };
-        if let Some(container) = self.containers.get_mut(&id) {
-            container
-                .processes
-                .insert(process_id.clone(), Process::default());
-        }
         let agent = self.agent.clone();
         self.task(async move {
             let result = async {
@@ -369,27 +244,16 @@ impl Owner {
     }
 
     fn wait(&mut self, id: &str, process_id: &str, reply: Reply<Exit>) {
-        let Some(container) = self.containers.get_mut(id) else {
-            return answer(reply, Err(SandboxError::NotFound("container")));
-        };
-        let Some(process) = container.processes.get_mut(process_id) else {
-            return answer(reply, Err(SandboxError::NotFound("process")));
-        };
-        match process.exit {
-            None => process.waiting.push(reply),
-            Some(exit) => {
-                if process_id != INIT {
-                    container.processes.remove(process_id);
-                }
-                answer(reply, Ok(exit));
-            }
+        match self.containers.get_mut(id) {
+            Some(container) => container.wait(process_id, reply),
+            None => answer(reply, Err(SandboxError::NotFound("container"))),
         }
     }
 
     fn signal(&mut self, id: String, process_id: String, signal: i32, all: bool, reply: Reply<()>) {
         if let Err(error) = self
             .container(&id)
-            .and_then(|container| Ok(after(container.status, Event::Signal)?))
+            .and_then(|container| container.allows(Event::Signal))
         {
             return answer(reply, Err(error));
         }
@@ -403,6 +267,13 @@ impl Owner {
                     tell(&outbox, Done::Unkillable).await;
                     Ok(())
                 }
+                Ok(()) if deadly && process_id == INIT => {
+                    tokio::spawn(async move {
+                        tokio::time::sleep(AFTER_KILL).await;
+                        tell(&outbox, Done::Doomed { id }).await;
+                    });
+                    Ok(())
+                }
                 other => Ok(other?),
             }
         });
@@ -411,7 +282,7 @@ impl Owner {
     fn delete(&mut self, id: String, reply: Reply<()>) {
         if let Err(error) = self
             .container(&id)
-            .and_then(|container| Ok(after(container.status, Event::Delete)?))
+            .and_then(|container| container.allows(Event::Delete))
         {
             return answer(reply, Err(error));
         }
@@ -432,7 +303,7 @@ impl Owner {
     ) {
         match self
             .container(&id)
-            .and_then(|container| Ok(after(container.status, event)?))
+            .and_then(|container| container.allows(event))
         {
             Ok(_) => self.task(async move {
                 Done::Changed {
@@ -479,11 +350,8 @@ impl Owner {
                 reply,
             } => {
                 let result = result.map_err(SandboxError::Agent);
-                if let (Ok(()), Some(container)) = (&result, self.containers.get_mut(&id))
-                    // It may have ended meanwhile; then it stays ended.
-                    && let Ok(status) = after(container.status, event)
-                {
-                    container.status = status;
+                if let (Ok(()), Some(container)) = (&result, self.containers.get_mut(&id)) {
+                    container.advance(event);
                 }
                 self.finish(reply, result);
             }
@@ -495,7 +363,7 @@ impl Owner {
             } => {
                 match (&result, self.containers.get_mut(&id)) {
                     (Ok(_), _) => self.watch(id, process_id),
-                    (Err(_), Some(container)) => drop(container.processes.remove(&process_id)),
+                    (Err(_), Some(container)) => container.forget(&process_id),
                     (Err(_), None) => {}
                 }
                 self.finish(reply, result);
@@ -511,6 +379,7 @@ impl Owner {
                 }
                 self.finish(reply, result.map_err(SandboxError::Agent));
             }
+            Done::Doomed { id } => self.doomed(&id),
             Done::Unkillable => {
                 self.end(
                     ended(Cause::HostError, "it did not answer and was killed"),
@@ -529,10 +398,7 @@ impl Owner {
     ) {
         match (&result, self.containers.get_mut(&id)) {
             (Ok(_), Some(container)) => {
-                container.status = Status::Created;
-                container
-                    .processes
-                    .insert(INIT.to_owned(), Process::default());
+                container.created();
                 self.watch(id, INIT.to_owned());
             }
             _ => drop(self.containers.remove(&id)),
@@ -562,24 +428,8 @@ impl Owner {
                 return self.end(ended(Cause::HostError, &error.to_string()), Duration::ZERO);
             }
         };
-        let Some(container) = self.containers.get_mut(id) else {
-            return;
-        };
-        if process_id == INIT
-            && let Ok(status) = after(container.status, Event::Exited)
-        {
-            container.status = status;
-        }
-        let Some(process) = container.processes.get_mut(process_id) else {
-            return;
-        };
-        process.exit = Some(exit);
-        let mut told = false;
-        for waiting in process.waiting.drain(..) {
-            told |= waiting.send(Ok(exit)).is_ok();
-        }
-        if told && process_id != INIT {
-            container.processes.remove(process_id);
+        if let Some(container) = self.containers.get_mut(id) {
+            container.ended(process_id, exit);
         }
     }
 
@@ -588,6 +438,18 @@ impl Owner {
             self.agent_gone()
         } else {
             answer(reply, result)
+        }
+    }
+
+    /// A container that outlives `SIGKILL`, alone in its sandbox, takes the virtual machine along.
+    fn doomed(&mut self, id: &str) {
+        let lives = |container: &Container| container.status() != Status::Stopped;
+        if self.containers.len() == 1 && self.containers.get(id).is_some_and(lives) {
+            let why = ended(
+                Cause::HostError,
+                "its container did not die when it was killed",
+            );
+            self.end(why, Duration::ZERO);
         }
     }
 
@@ -608,69 +470,6 @@ impl Owner {
         self.containers
             .get(id)
             .ok_or(SandboxError::NotFound("container"))
-    }
-
-    fn open(&mut self, wanted: Wanted) -> Result<(StreamPorts, Arriving), SandboxError> {
-        let mut ports = StreamPorts::default();
-        let mut arriving = Arriving::default();
-        let mut open = || self.ports.open().map_err(SandboxError::Ports);
-        let plain = [
-            (wanted.stdin, &mut ports.stdin, &mut arriving.stdin),
-            (wanted.stdout, &mut ports.stdout, &mut arriving.stdout),
-            (wanted.stderr, &mut ports.stderr, &mut arriving.stderr),
-        ];
-        for (wanted, port, stream) in plain {
-            if wanted {
-                let (number, receiver) = open()?;
-                *port = number;
-                *stream = Some(receiver);
-            }
-        }
-        for _ in 0..wanted.preserved {
-            let (number, receiver) = open()?;
-            ports.preserved.push(number);
-            arriving.preserved.push(receiver);
-        }
-        Ok((ports, arriving))
-    }
-}
-
-/// Streams that the agent has been asked to connect.
-#[derive(Debug, Default)]
-struct Arriving {
-    stdin: Option<oneshot::Receiver<OwnedFd>>,
-    stdout: Option<oneshot::Receiver<OwnedFd>>,
-    stderr: Option<oneshot::Receiver<OwnedFd>>,
-    preserved: Vec<oneshot::Receiver<OwnedFd>>,
-}
-
-impl Arriving {
-    async fn connected(self) -> Result<Streams, SandboxError> {
-        let all = async {
-            let mut streams = Streams {
-                stdin: arrived(self.stdin).await?,
-                stdout: arrived(self.stdout).await?,
-                stderr: arrived(self.stderr).await?,
-                preserved: Vec::new(),
-            };
-            for receiver in self.preserved {
-                streams.preserved.extend(arrived(Some(receiver)).await?);
-            }
-            Ok(streams)
-        };
-        tokio::time::timeout(STREAMS_ARRIVE, all)
-            .await
-            .unwrap_or(Err(SandboxError::Streams))
-    }
-}
-
-async fn arrived(
-    stream: Option<oneshot::Receiver<OwnedFd>>,
-) -> Result<Option<OwnedFd>, SandboxError> {
-    match stream {
-        None => Ok(None),
-        // The sender goes away only with the owner.
-        Some(stream) => stream.await.map(Some).map_err(|_| AgentError::Gone.into()),
     }
 }
 

@@ -4,12 +4,18 @@
 //! the connection. Numbers are drawn from the kernel's random source, so that a process in the guest can neither guess
 //! nor take over the stream of another.
 
-use std::{collections::HashMap, io, os::fd::OwnedFd};
+use std::{collections::HashMap, io, os::fd::OwnedFd, time::Duration};
 
 use tokio::sync::oneshot;
 
+use super::{SandboxError, Streams, Wanted};
+use crate::agent::{AgentError, StreamPorts};
+
 /// Ports below this one have fixed meanings.
 const FIRST: u32 = 1 << 16;
+
+/// How long the streams that the agent dialled may take to arrive after its answer: they were accepted before it.
+const STREAMS_ARRIVE: Duration = Duration::from_secs(10);
 
 /// The ports that are being waited for.
 #[derive(Debug, Default)]
@@ -31,11 +37,79 @@ impl Ports {
         }
     }
 
+    /// Opens one port for each stream that is wanted.
+    pub(super) fn open_all(
+        &mut self,
+        wanted: Wanted,
+    ) -> Result<(StreamPorts, Arriving), SandboxError> {
+        let mut ports = StreamPorts::default();
+        let mut arriving = Arriving::default();
+        let mut open = || self.open().map_err(SandboxError::Ports);
+        let plain = [
+            (wanted.stdin, &mut ports.stdin, &mut arriving.stdin),
+            (wanted.stdout, &mut ports.stdout, &mut arriving.stdout),
+            (wanted.stderr, &mut ports.stderr, &mut arriving.stderr),
+        ];
+        for (wanted, port, stream) in plain {
+            if wanted {
+                let (number, receiver) = open()?;
+                *port = number;
+                *stream = Some(receiver);
+            }
+        }
+        for _ in 0..wanted.preserved {
+            let (number, receiver) = open()?;
+            ports.preserved.push(number);
+            arriving.preserved.push(receiver);
+        }
+        Ok((ports, arriving))
+    }
+
     /// Hands a connection to whoever waits for its port; a stray one is closed. Says whether someone waited.
     pub(super) fn arrive(&mut self, port: u32, stream: OwnedFd) -> bool {
         self.expected
             .remove(&port)
             .is_some_and(|waiting| waiting.send(stream).is_ok())
+    }
+}
+
+/// Streams that the agent has been asked to connect.
+#[derive(Debug, Default)]
+pub(super) struct Arriving {
+    stdin: Option<oneshot::Receiver<OwnedFd>>,
+    stdout: Option<oneshot::Receiver<OwnedFd>>,
+    stderr: Option<oneshot::Receiver<OwnedFd>>,
+    preserved: Vec<oneshot::Receiver<OwnedFd>>,
+}
+
+impl Arriving {
+    /// Waits until all are there.
+    pub(super) async fn connected(self) -> Result<Streams, SandboxError> {
+        let all = async {
+            let mut streams = Streams {
+                stdin: arrived(self.stdin).await?,
+                stdout: arrived(self.stdout).await?,
+                stderr: arrived(self.stderr).await?,
+                preserved: Vec::new(),
+            };
+            for receiver in self.preserved {
+                streams.preserved.extend(arrived(Some(receiver)).await?);
+            }
+            Ok(streams)
+        };
+        tokio::time::timeout(STREAMS_ARRIVE, all)
+            .await
+            .unwrap_or(Err(SandboxError::Streams))
+    }
+}
+
+async fn arrived(
+    stream: Option<oneshot::Receiver<OwnedFd>>,
+) -> Result<Option<OwnedFd>, SandboxError> {
+    match stream {
+        None => Ok(None),
+        // The sender goes away only with the owner.
+        Some(stream) => stream.await.map(Some).map_err(|_| AgentError::Gone.into()),
     }
 }
 

@@ -1,0 +1,99 @@
+//! What reaches the owner of a sandbox: requests of its handles, and what its own tasks bring back.
+
+use super::{CreateRequest, Event, ExecRequest, Exit, Reply, SandboxError, Started, Status};
+use crate::agent::AgentError;
+
+/// What the owner is told.
+#[derive(Debug)]
+pub(super) enum Message {
+    Create {
+        id: String,
+        request: CreateRequest,
+        reply: Reply<Started>,
+    },
+    Start {
+        id: String,
+        reply: Reply<()>,
+    },
+    Exec {
+        id: String,
+        request: ExecRequest,
+        reply: Reply<Started>,
+    },
+    Wait {
+        id: String,
+        process_id: String,
+        reply: Reply<Exit>,
+    },
+    Signal {
+        id: String,
+        process_id: String,
+        signal: i32,
+        all: bool,
+        reply: Reply<()>,
+    },
+    Resize {
+        id: String,
+        process_id: String,
+        size: (u16, u16),
+        reply: Reply<()>,
+    },
+    Freeze {
+        id: String,
+        event: Event,
+        reply: Reply<()>,
+    },
+    Processes {
+        id: String,
+        reply: Reply<Vec<u32>>,
+    },
+    Status {
+        id: String,
+        reply: Reply<Status>,
+    },
+    Delete {
+        id: String,
+        reply: Reply<()>,
+    },
+    Stop,
+    Done(Done),
+}
+
+/// What a task that called the agent brings back.
+#[derive(Debug)]
+pub(super) enum Done {
+    Created {
+        id: String,
+        result: Result<Started, SandboxError>,
+        reply: Reply<Started>,
+    },
+    Changed {
+        id: String,
+        event: Event,
+        result: Result<(), AgentError>,
+        reply: Reply<()>,
+    },
+    Execed {
+        id: String,
+        process_id: String,
+        result: Result<Started, SandboxError>,
+        reply: Reply<Started>,
+    },
+    Ended {
+        id: String,
+        process_id: String,
+        result: Result<Exit, AgentError>,
+    },
+    Deleted {
+        id: String,
+        result: Result<(), AgentError>,
+        reply: Reply<()>,
+    },
+    /// Init has been told to die, and has had the time for it.
+    Doomed {
+        id: String,
+    },
+    /// The guest does not answer to `SIGKILL`.
+    Unkillable,
+    AgentGone,
+}
