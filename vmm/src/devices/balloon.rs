@@ -155,6 +155,17 @@ impl Device for Balloon {
     }
 }
 
+/// A chain of either queue, as an image (`crate::fuzzing`).
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn fuzz(bytes: &[u8]) {
+    let mut image = crate::fuzzing::Image::new(bytes);
+    let Ok(Some(chain)) = image.driver.pop() else {
+        return;
+    };
+    assert!(report(&chain) <= chain.writable_len() as u64);
+    let _ = inflate(&image.driver.mem, &chain);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

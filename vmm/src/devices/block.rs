@@ -402,6 +402,35 @@ impl Device for Block {
     }
 }
 
+/// A request to a disk of 64 KiB, as an image (`crate::fuzzing`); the first byte of memory also says whether the disk
+/// is read-only.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn fuzz(bytes: &[u8]) {
+    use crate::fuzzing::{BUFFERS, Image, memory_file};
+    let mut image = Image::new(bytes);
+    let Ok(Some(chain)) = image.driver.pop() else {
+        return;
+    };
+    let read_only = image.driver.get(BUFFERS + 4, 1) == [1];
+    let shape = Shape {
+        sectors: 128,
+        read_only,
+    };
+    let disk = Disk {
+        file: memory_file(64 << 10),
+        shape,
+        serial: [b'x'; 20],
+        flushes: true,
+    };
+    if let Ok(written) = disk.serve(&chain) {
+        assert!(written as usize <= chain.writable_len());
+    }
+    assert_eq!(
+        disk.file.metadata().map_or(0, |about| about.len()),
+        64 << 10
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};

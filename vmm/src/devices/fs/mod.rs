@@ -152,5 +152,10 @@ impl Device for Fs {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub use session::fuzz;
+
+#[cfg(any(test, feature = "fuzzing"))]
+mod session;
 #[cfg(test)]
 mod tests;

@@ -236,3 +236,29 @@ impl Device for Net {
         self.receiver = None;
     }
 }
+
+/// Packets out of and into the chain of an image (`crate::fuzzing`).
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(clippy::unwrap_used, reason = "for tests: a failure is a failed test")]
+pub fn fuzz(bytes: &[u8]) {
+    use crate::fuzzing::Image;
+    let (tap, wire) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    for mergeable in [false, true] {
+        let mut image = Image::new(bytes);
+        if wire.send(&[9; 60]).is_err() {
+            return;
+        }
+        let counters = Counters::default();
+        let mut receiver = Receiver::new(
+            &image.driver.mem,
+            1530,
+            mergeable,
+            counters.register("received"),
+        );
+        let _ = receiver.run(&mut image.driver.queue, tap.as_fd());
+    }
+    if let Ok(Some(chain)) = Image::new(bytes).driver.pop() {
+        transmit::send(&chain, tap.as_fd());
+    }
+}
