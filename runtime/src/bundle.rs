@@ -8,6 +8,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -91,6 +92,14 @@ pub enum BundleError {
         /// What it names.
         path: PathBuf,
     },
+    /// The network namespace cannot be found.
+    #[error("linux.namespaces: stat the network namespace {path}", path = path.display())]
+    NetworkNamespace {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A value is missing or makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -125,6 +134,7 @@ impl Bundle {
             vm::parse(&text).map_err(|source| BundleError::Json { path: file, source })?;
         rules::check(&spec, vm.as_ref(), config)?;
         let rootfs = rootfs(&path, &spec)?;
+        network(&spec)?;
         let warnings = rules::warnings(&spec);
         Ok(Self {
             path,
@@ -163,6 +173,25 @@ fn rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
     }
     path.canonicalize()
         .map_err(|source| BundleError::NoRootfs { path, source })
+}
+
+/// A network namespace given by path must exist and must not be the host's own.
+fn network(spec: &Spec) -> Result<(), BundleError> {
+    let Some(path) = rules::network_path(spec) else {
+        return Ok(());
+    };
+    let asked = fs::metadata(path).map_err(|source| BundleError::NetworkNamespace {
+        path: path.into(),
+        source,
+    })?;
+    // Those of the host and of the caller; without the right to look at the first, the second is what there is.
+    let own = ["/proc/1/ns/net", "/proc/self/ns/net"].map(fs::metadata);
+    let is_own = |own: &fs::Metadata| (own.dev(), own.ino()) == (asked.dev(), asked.ino());
+    if own.iter().flatten().any(is_own) {
+        Err(rules::host_network())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -246,6 +275,24 @@ mod tests {
         let root = outside.path().canonicalize().unwrap();
         let dir = bundle(&GOOD.replace("\"rootfs\"", &format!("{root:?}")));
         assert_eq!(load(dir.path()).unwrap().rootfs, root);
+    }
+
+    #[test]
+    fn the_hosts_own_network_namespace_is_refused_by_any_path() {
+        let with =
+            |path: &str| GOOD.replace("\"network\"", &format!("\"network\",\"path\":{path:?}"));
+        let text = load(bundle(&with("/proc/self/ns/net")).path()).unwrap_err();
+        assert!(text.contains("host networking"), "{text}");
+        let text = load(bundle(&with("/nonexistent/netns")).path()).unwrap_err();
+        assert!(
+            text.contains("stat the network namespace /nonexistent/netns: No such"),
+            "{text}"
+        );
+        // Another namespace; which one does not matter here.
+        let warnings = load(bundle(&with("/proc/self/ns/mnt")).path())
+            .unwrap()
+            .warnings;
+        assert!(warnings[0].contains("loopback only"), "{warnings:?}");
     }
 
     #[test]

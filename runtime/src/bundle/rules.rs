@@ -4,6 +4,8 @@
 //! where runc has the rule too.
 //! Not here: what the guest's agent can and cannot do (its own plan refuses that).
 
+use std::path::Path;
+
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
 use super::{BundleError, Caller, OCI_VERSION, VmSection};
@@ -33,14 +35,18 @@ pub(super) fn warnings(spec: &Spec) -> Vec<String> {
         .linux()
         .as_ref()
         .and_then(|linux| linux.mount_label().as_ref());
-    [
+    let labels = [
         ("process.selinuxLabel", label),
         ("linux.mountLabel", mount_label),
     ]
     .into_iter()
     .filter(|(_, label)| label.is_some_and(|label| !label.is_empty()))
-    .map(|(field, _)| format!("{field} is not applied: the guest kernel has no SELinux"))
-    .collect()
+    .map(|(field, _)| format!("{field} is not applied: the guest kernel has no SELinux"));
+    let network = network_path(spec).map(|path| {
+        let path = path.display();
+        format!("network namespace {path} is not connected: the container has loopback only")
+    });
+    labels.chain(network).collect()
 }
 
 /// runc 1.1, `utils_linux.go`, `checkTerminal`.
@@ -180,13 +186,30 @@ fn namespaces(all: &[LinuxNamespace]) -> Result<(), BundleError> {
         .iter()
         .all(|namespace| namespace.typ() != LinuxNamespaceType::Network)
     {
-        return Err(unsupported(
-            "linux.namespaces without a network namespace (host networking)",
-            "a virtual machine cannot use the host's interfaces; add {\"type\": \"network\"}, with the path of a \
-             network namespace for a connection or without one for loopback only",
-        ));
+        return Err(host_network());
     }
     Ok(())
+}
+
+/// The refusal of host networking, however it was asked for.
+pub(super) fn host_network() -> BundleError {
+    unsupported(
+        "linux.namespaces: the host's own network namespace (host networking)",
+        "a virtual machine cannot use the host's interfaces; give {\"type\": \"network\"} without a path or with \
+         the path of another network namespace",
+    )
+}
+
+/// The path of the network namespace that the container is to join.
+pub(super) fn network_path(spec: &Spec) -> Option<&Path> {
+    let all = spec.linux().as_ref()?.namespaces().as_deref()?;
+    let network = all
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
+    network
+        .path()
+        .as_deref()
+        .filter(|path| !path.as_os_str().is_empty())
 }
 
 fn unsupported_parts(linux: &Linux) -> Result<(), BundleError> {
@@ -375,7 +398,7 @@ mod tests {
         for namespaces in [json!([{"type": "pid"}]), json!([]), Value::Null] {
             let text = refusal("/linux/namespaces", namespaces);
             assert!(
-                text.contains("host networking") && text.contains("add {\"type\""),
+                text.contains("host networking") && text.contains("give {\"type\""),
                 "{text}"
             );
         }
