@@ -8,12 +8,12 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io::{self, IoSliceMut, Read, Write};
+use std::io::{self, IoSliceMut, PipeWriter, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode};
 use std::time::Instant;
 
 use caisson_vmm_spec::{Event, Fd, MemorySpec, MiB, Request, SPEC_FD, ShareSpec, VmSpec};
@@ -33,7 +33,7 @@ fn main() -> Result<ExitCode> {
         return Err("boot VMM KERNEL INITRAMFS [options]".into());
     };
     let option = |name: &str| options.iter().find_map(|o| o.strip_prefix(name));
-    let mut files = Files::default();
+    let mut files = Files::new()?;
     let none = SocketFlags::empty();
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, none, None)?;
     fcntl_setfd(&ours, FdFlags::CLOEXEC)?;
@@ -71,6 +71,10 @@ fn main() -> Result<ExitCode> {
         match (event, socket) {
             (Event::Accepted { port }, Some(socket)) => {
                 println!("{:?} accepted port {port}", start.elapsed());
+                if option("counters=") == Some("1") {
+                    let ask = serde_json::to_vec(&Request::Counters)?;
+                    send(&ours, &ask, SendFlags::empty())?;
+                }
                 std::thread::spawn(move || serve(port, UnixStream::from(socket)));
             }
             (event @ Event::Ended { .. }, _) => {
@@ -78,10 +82,6 @@ fn main() -> Result<ExitCode> {
                 break;
             }
             (event, _) => println!("{:?} {event:?}", start.elapsed()),
-        }
-        if option("counters=") == Some("1") {
-            let ask = serde_json::to_vec(&Request::Counters)?;
-            send(&ours, &ask, SendFlags::empty())?;
         }
     }
     let status = child.wait()?;
@@ -92,42 +92,40 @@ fn main() -> Result<ExitCode> {
 }
 
 /// Descriptors that the child inherits under the numbers that they have here.
-#[derive(Default)]
-struct Files(Vec<OwnedFd>);
+struct Files {
+    inherited: Vec<OwnedFd>,
+    spec: PipeWriter,
+}
 
 impl Files {
+    /// To be called before anything else is opened: it takes the spec's number for itself.
+    #[allow(unsafe_code, reason = "the spec's descriptor is known by number only")]
+    fn new() -> Result<Self> {
+        let (reader, spec) = io::pipe()?;
+        let mut inherited = vec![OwnedFd::from(reader)];
+        if inherited[0].as_raw_fd() != SPEC_FD {
+            // SAFETY: dup2 closes what is at SPEC_FD: nothing of this program, which has opened only the pipe.
+            let number = unsafe { libc::dup2(inherited[0].as_raw_fd(), SPEC_FD) };
+            if number < 0 {
+                return Err(io::Error::last_os_error().into());
+            }
+            // SAFETY: dup2 returned it, and nothing else owns it.
+            inherited[0] = unsafe { OwnedFd::from_raw_fd(number) };
+        }
+        fcntl_setfd(&inherited[0], FdFlags::empty())?;
+        Ok(Self { inherited, spec })
+    }
+
     fn add(&mut self, fd: OwnedFd) -> Result<Fd> {
-        // Above the numbers that mean something.
-        let fd = rustix::io::fcntl_dupfd_cloexec(&fd, SPEC_FD + 7)?;
         fcntl_setfd(&fd, FdFlags::empty())?;
         let number = Fd(fd.as_raw_fd());
-        self.0.push(fd);
+        self.inherited.push(fd);
         Ok(number)
     }
 
-    fn spawn(self, vmm: &str, spec: &VmSpec) -> Result<std::process::Child> {
-        let (reader, mut writer) = io::pipe()?;
-        writer.write_all(&serde_json::to_vec(spec)?)?;
-        drop(writer);
-        let reader = self.onto_spec_fd(reader.into())?;
-        let child = Command::new(vmm).spawn()?;
-        drop(reader);
-        Ok(child)
-    }
-
-    #[allow(unsafe_code, reason = "the spec's descriptor is known by number only")]
-    fn onto_spec_fd(&self, fd: OwnedFd) -> Result<OwnedFd> {
-        if fd.as_raw_fd() == SPEC_FD {
-            fcntl_setfd(&fd, FdFlags::empty())?;
-            return Ok(fd);
-        }
-        // SAFETY: dup2 closes what is at SPEC_FD: nothing of this program, which keeps its files above it.
-        let number = unsafe { libc::dup2(fd.as_raw_fd(), SPEC_FD) };
-        if number < 0 {
-            return Err(io::Error::last_os_error().into());
-        }
-        // SAFETY: dup2 returned it, and nothing else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    fn spawn(mut self, vmm: &str, spec: &VmSpec) -> Result<Child> {
+        self.spec.write_all(&serde_json::to_vec(spec)?)?;
+        Ok(Command::new(vmm).spawn()?)
     }
 }
 

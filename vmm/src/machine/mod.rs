@@ -86,6 +86,8 @@ fn host(step: &'static str) -> impl FnOnce(io::Error) -> SetupError {
 /// A running VM.
 struct Machine {
     vcpus: Vcpus,
+    /// Kept open: KVM unwires all interrupts when the VM's descriptor closes, even while its vCPUs run.
+    _vm: Vm,
     ending: Arc<Ending>,
     counters: Counters,
     dials: Arc<Dials>,
@@ -165,6 +167,7 @@ fn start(
         (spec.boot_deadline_ms > 0).then(|| Duration::from_millis(spec.boot_deadline_ms));
     Ok(Machine {
         vcpus,
+        _vm: vm,
         ending,
         counters,
         dials,
