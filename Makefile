@@ -47,6 +47,46 @@ lint: deps ## Check formatting and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
+.PHONY: unit
+unit: deps ## Run the unit tests (no root, no KVM)
+	cargo test --workspace --lib --bins
+
+# Where end-to-end tests run: here, on a host with VMX or SVM; else in the lab.
+LAB     := $(RELEASE)/lab
+HAVE_VM := $(shell grep -qwE 'vmx|svm' /proc/cpuinfo && [ -e /dev/kvm ] && echo yes)
+IN_LAB  := $(if $(HAVE_VM),$(SUDO) env PATH="$(CURDIR)/$(RELEASE):$$PATH",$(LAB) exec --)
+RUNNER  := $(if $(HAVE_VM),$(SUDO) env PATH=$(CURDIR)/$(RELEASE):$(PATH),$(CURDIR)/$(LAB) exec -e RUNTIME=$$runtime --)
+ARGS    ?=
+
+.PHONY: lab
+lab: binaries ## Build the lab's program and image
+	$(if $(HAVE_VM),,$(LAB) image)
+
+# The same tests on runc first: that tests the tests.
+.PHONY: e2e
+e2e: build lab ## Run the end-to-end tests on runc and on caisson; ARGS chooses tests
+	$(if $(HAVE_VM),,$(LAB) up)
+	for runtime in runc caisson; do \
+	  echo "end-to-end tests on $$runtime"; \
+	  RUNTIME=$$runtime CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(RUNNER)" \
+	    cargo test --release -p caisson-tests --test e2e -- --test-threads=1 $(ARGS); \
+	done
+	$(if $(HAVE_VM),,$(LAB) down)
+
+.PHONY: test
+test: lint unit e2e ## Build and pass all tests
+
+.PHONY: demo
+demo: build lab ## Run a real container: a Debian root file system, Python, SQLite
+	$(SUDO) tests/demo/rootfs target/demo/rootfs
+	$(if $(HAVE_VM),,$(LAB) up)
+	$(IN_LAB) tests/demo/run target/demo/rootfs $(GUEST)
+	$(if $(HAVE_VM),,$(LAB) down)
+
+.PHONY: bench
+bench: build lab ## Count what a container costs, beside runc, crun and QEMU microvm
+	LAB_STATE=target/lab/icount $(LAB) run --icount -- env LAB_ICOUNT=1 $(CURDIR)/$(RELEASE)/bench
+
 .PHONY: install
 install: build ## Install to $(DESTDIR)$(PREFIX)
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/caisson

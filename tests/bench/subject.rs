@@ -1,0 +1,232 @@
+//! What is measured: the programs that run the bundle, and the place where they do.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+
+/// A program that can run the bundle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// `true` itself, as a floor.
+    Bare,
+    /// crun.
+    Crun,
+    /// runc.
+    Runc,
+    /// caisson.
+    Caisson,
+    /// QEMU's microvm with caisson's guest kernel, the program in an initramfs of its own, no shared files.
+    Microvm,
+}
+
+/// One run: readings of the monotonic clock in nanoseconds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run {
+    /// Just before `fork`.
+    pub(crate) start: u64,
+    /// When the first byte of output arrived; the end, if there was none.
+    pub(crate) output: u64,
+    /// When the program had been waited for.
+    pub(crate) end: u64,
+}
+
+impl Run {
+    /// The whole of it.
+    pub(crate) fn nanos(self) -> u64 {
+        self.end - self.start
+    }
+}
+
+/// Directories and files that the subjects need.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// Scratch directory.
+    pub(crate) dir: PathBuf,
+    guest: PathBuf,
+    vmm: PathBuf,
+}
+
+impl Subject {
+    /// All of them, cheapest first.
+    pub(crate) fn all() -> [Self; 5] {
+        [
+            Self::Bare,
+            Self::Crun,
+            Self::Runc,
+            Self::Caisson,
+            Self::Microvm,
+        ]
+    }
+
+    /// Name in the table.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bare => "`true` without a container",
+            Self::Crun => "crun",
+            Self::Runc => "runc",
+            Self::Caisson => "caisson",
+            Self::Microvm => "QEMU microvm, same kernel, program in the initramfs",
+        }
+    }
+
+    /// Runs the bundle's `true`, or `args` instead, and takes the time.
+    pub(crate) fn run(self, place: &Place, args: &[&str]) -> io::Result<Run> {
+        let bundle = place.bundle(if args.is_empty() { &["true"] } else { args })?;
+        let mut command = match self {
+            Self::Bare => Command::new("/bin/busybox"),
+            Self::Crun => Command::new("crun"),
+            Self::Runc => Command::new("runc"),
+            Self::Caisson => Command::new("caisson"),
+            Self::Microvm => Command::new("/usr/bin/qemu-system-x86_64-microvm"),
+        };
+        match self {
+            Self::Bare => command.arg("true"),
+            Self::Microvm => command.args(place.microvm()?),
+            _ => command.args(["run", "-b"]).arg(&bundle).arg("bench"),
+        };
+        command
+            .env("CAISSON_CONFIG", place.dir.join("config.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
+        let start = now();
+        let mut child = command.spawn()?;
+        let mut byte = [0];
+        let mut stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        let some = stdout.read(&mut byte)? > 0;
+        let output = now();
+        io::copy(&mut stdout, &mut io::sink())?;
+        let status = child.wait()?;
+        let end = now();
+        if !status.success() {
+            return Err(io::Error::other(format!("{}: {status}", self.name())));
+        }
+        Ok(Run {
+            start,
+            output: if some { output } else { end },
+            end,
+        })
+    }
+}
+
+impl Place {
+    /// Makes the bundle's root file system and caisson's configuration.
+    pub(crate) fn prepare() -> io::Result<Self> {
+        let dir = PathBuf::from("/scratch/bench");
+        let bin = dir.join("bundle/rootfs/bin");
+        fs::create_dir_all(&bin)?;
+        for name in ["proc", "sys", "dev", "etc", "tmp"] {
+            fs::create_dir_all(dir.join("bundle/rootfs").join(name))?;
+        }
+        fs::copy("/bin/busybox", bin.join("busybox"))?;
+        for applet in ["true", "echo", "sleep", "sh", "free", "mount", "reboot"] {
+            let _ = std::os::unix::fs::symlink("busybox", bin.join(applet));
+        }
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .unwrap_or(Path::new("/"));
+        let guest = repository.join("target/guest");
+        let vmm = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
+            .map(|dir| dir.join("caisson-vmm"))
+            .find(|file| file.exists())
+            .ok_or_else(|| io::Error::other("no caisson-vmm on PATH"))?;
+        let place = Self { dir, guest, vmm };
+        place.configure(None)?;
+        Ok(place)
+    }
+
+    /// Writes caisson's configuration, with another size of the guest's memory if one is given.
+    pub(crate) fn configure(&self, memory_mib: Option<u32>) -> io::Result<()> {
+        // The lab's emulated processor contradicts itself about XSAVE when it is nested.
+        let mut text = format!(
+            "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nkernel_params = \"noxsave\"\n",
+            self.guest.join("vmlinux"),
+            self.guest.join("initramfs.cpio"),
+            self.vmm,
+        );
+        if let Some(mib) = memory_mib {
+            text += &format!("default_memory_mib = {mib}\n");
+        }
+        fs::write(self.dir.join("config.toml"), text)
+    }
+
+    /// The bundle, with these arguments.
+    pub(crate) fn bundle(&self, args: &[&str]) -> io::Result<PathBuf> {
+        let bundle = self.dir.join("bundle");
+        let file = bundle.join("config.json");
+        if !file.exists() {
+            let status = Command::new("runc")
+                .args(["spec", "-b"])
+                .arg(&bundle)
+                .status()?;
+            if !status.success() {
+                return Err(io::Error::other("runc spec failed"));
+            }
+        }
+        let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
+        spec["process"]["terminal"] = json!(false);
+        spec["process"]["args"] = json!(args);
+        fs::write(file, spec.to_string())?;
+        Ok(bundle)
+    }
+
+    /// Arguments of QEMU's microvm: the guest kernel, and an initramfs whose PID 1 is `busybox true` plus a reset.
+    fn microvm(&self) -> io::Result<Vec<String>> {
+        let archive = self.dir.join("microvm.cpio");
+        if !archive.exists() {
+            let script = "set -e; rm -rf m; mkdir -p m/bin m/dev; cp bundle/rootfs/bin/busybox m/bin/; \
+                printf '#!/bin/busybox sh\\n/bin/busybox true\\n/bin/busybox reboot -f\\n' > m/init; chmod +x m/init; \
+                cd m; find . | busybox cpio -o -H newc > ../microvm.cpio";
+            let status = Command::new("sh")
+                .args(["-c", script])
+                .current_dir(&self.dir)
+                .status()?;
+            if !status.success() {
+                return Err(io::Error::other("no initramfs for the microvm"));
+            }
+        }
+        let words = "panic=-1 reboot=t quiet noxsave rdinit=/init";
+        let machine = "microvm,x-option-roms=off,pic=off,pit=off,rtc=off,isa-serial=off,acpi=off";
+        let kernel = self.guest.join("vmlinux").display().to_string();
+        let arguments = format!(
+            "-accel kvm -cpu host -M {machine} -m 256 -smp 1 -nodefaults -no-user-config -display none -no-reboot \
+             -kernel {kernel} -initrd {}",
+            archive.display()
+        );
+        let mut list: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
+        list.extend(["-append".to_owned(), words.to_owned()]);
+        Ok(list)
+    }
+
+    /// Address of the guest kernel's PVH entry: the ELF note of type 18 by "Xen" (PVH boot protocol).
+    pub(crate) fn kernel_entry(&self) -> io::Result<u64> {
+        let image = fs::read(self.guest.join("vmlinux"))?;
+        // A note is its name's length, its value's length, its type, its name, its value.
+        let note = |size: u32| {
+            let mut bytes = [4u32, size, 18].map(u32::to_le_bytes).concat();
+            bytes.extend_from_slice(b"Xen\0");
+            bytes
+        };
+        let find = |needle: &[u8]| image.windows(needle.len()).position(|w| w == needle);
+        let at = find(&note(4))
+            .or_else(|| find(&note(8)))
+            .map(|at| at + note(4).len());
+        let bytes = at
+            .and_then(|at| image.get(at..))
+            .and_then(|rest| rest.first_chunk::<4>());
+        bytes
+            .map(|bytes| u64::from(u32::from_le_bytes(*bytes)))
+            .ok_or_else(|| io::Error::other("the guest kernel has no PVH note"))
+    }
+}
+
+/// The monotonic clock in nanoseconds; under `--icount`, instructions since the lab was started.
+pub(crate) fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000
+        + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
