@@ -42,7 +42,8 @@ const MOUNTS: [(&str, &str, &str, MountFlags); 5] = [
     ("proc", "/proc", "proc", SAFE),
     ("sys", "/sys", "sysfs", SAFE),
     ("cgroup", cgroup::HIERARCHY, "cgroup2", SAFE),
-    (SHARE_TAG, SHARE_MOUNT, "virtiofs", MountFlags::NODEV),
+    // Device nodes of images are the guest's own devices, and the cgroup's rules decide about them.
+    (SHARE_TAG, SHARE_MOUNT, "virtiofs", MountFlags::empty()),
 ];
 const SAFE: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NODEV)

@@ -301,18 +301,39 @@ pub(crate) fn set_scheduler(attributes: &SchedAttributes) -> io::Result<()> {
 }
 
 /// Sets every signal to its default action and unblocks all: what a container's process starts with.
+///
+/// By the kernel's own call: glibc's refuses its two internal signals, which its posix_spawn leaves ignored.
 pub(crate) fn reset_signals() -> io::Result<()> {
+    /// `struct sigaction` of the kernel: all zeroes is `SIG_DFL`.
+    const DEFAULT: [u64; 4] = [0; 4];
+    const SET_BYTES: usize = 8;
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL installs no handler; numbers that cannot be set (KILL, STOP, libc's own) are refused.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        if signal == libc::SIGKILL || signal == libc::SIGSTOP {
+            continue;
+        }
+        // SAFETY: the new action is a kernel sigaction that outlives the call and installs no handler; the old one is not
+        // asked for; the mask's size is the kernel's.
+        check(unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT.as_ptr(),
+                0,
+                SET_BYTES,
+            )
+        })?;
     }
-    // SAFETY: all zeroes is a valid sigset_t, the empty set.
-    let empty: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `empty` outlives the call and the old set is not asked for.
-    check(
-        unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()) }
-            .into(),
-    )
+    let empty = 0u64;
+    // SAFETY: the new mask is eight bytes, as stated, alive over the call; the old one is not asked for.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const empty,
+            0,
+            SET_BYTES,
+        )
+    })
     .map(drop)
 }
 

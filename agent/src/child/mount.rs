@@ -313,10 +313,28 @@ fn fresh<F: FnOnce(io::Error) -> MountError>(
     };
     let place = format!("/proc/self/fd/{}", target.as_raw_fd());
     let data = std::ffi::CString::new(data).unwrap_or_default();
-    mount(&plan.source, place.as_str(), kind, flags, data.as_c_str())
-        .map_err(|e| failed("mount")(e.into()))?;
+    match mount(&plan.source, place.as_str(), kind, flags, data.as_c_str()) {
+        // In a user namespace without a cgroup namespace: the guest's own, which its modes protect (as in runc).
+        Err(Errno::PERM | Errno::BUSY) if kind == "cgroup2" => {
+            return bind_hierarchy(plan, target.as_fd(), failed);
+        }
+        other => other.map_err(|e| failed("mount")(e.into()))?,
+    }
     root.place(&plan.destination)
         .map_err(|e| failed("open the mount")(e.into()))
+}
+
+fn bind_hierarchy<F: FnOnce(io::Error) -> MountError>(
+    plan: &MountPlan,
+    target: BorrowedFd<'_>,
+    failed: Failed<'_, F>,
+) -> Result<OwnedFd, MountError> {
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, crate::cgroup::HIERARCHY, clone)
+        .map_err(|e| failed("open the hierarchy")(e.into()))?;
+    set_attributes(tree.as_fd(), plan.attributes, false).map_err(failed("set attributes"))?;
+    attach(tree.as_fd(), target).map_err(|e| failed("attach")(e.into()))?;
+    Ok(tree)
 }
 
 /// A tmpfs over an existing directory keeps its mode, unless the options name one.
@@ -356,7 +374,9 @@ fn tmpfs_with_copy<F: FnOnce(io::Error) -> MountError>(
     let covered = root
         .open(&plan.destination, OFlags::RDONLY | OFlags::DIRECTORY)
         .map_err(|e| failed("open")(e.into()))?;
-    super::copy_up::copy(covered.as_fd(), tmpfs.as_fd()).map_err(failed("copy up"))?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let inside = openat(&tmpfs, ".", flags, Mode::empty()).map_err(|e| failed("open")(e.into()))?;
+    super::copy_up::copy(covered.as_fd(), inside.as_fd()).map_err(failed("copy up"))?;
     let mut attributes = plan.attributes;
     attributes.set &= !crate::plan::mounts::attribute::RDONLY;
     set_attributes(tmpfs.as_fd(), attributes, false).map_err(failed("set attributes"))?;
