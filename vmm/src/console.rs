@@ -21,7 +21,7 @@ pub const LINE_BYTES: usize = 256;
 /// First port of the 8250.
 pub const PORT: u16 = 0x3f8;
 /// Its interrupt.
-pub const IRQ: u32 = 4;
+pub const IRQ: u8 = 4;
 
 const PANIC: &str = "Kernel panic - not syncing: ";
 const DATA: u8 = 0;

@@ -25,13 +25,14 @@ const ALWAYS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Words without a debug console: only errors reach the port, at two exits a byte.
-const QUIET: &str = "quiet earlyprintk=serial,0x3f8,keep";
+/// Words without a debug console: only what is critical reaches the port (an oops raises the level itself), because a
+/// byte costs two exits and every boot has an error to tell: that it has no console.
+const QUIET: &str = "loglevel=3 earlyprintk=serial,0x3f8,keep";
 /// Words with one.
 const CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1";
 
 /// The command line for devices with these interrupts, in slots of their order.
-pub fn build(interrupts: &[u32], console: bool, extra: &str) -> String {
+pub fn build(interrupts: &[u8], console: bool, extra: &str) -> String {
     let mut words: Vec<String> = ALWAYS
         .iter()
         .map(|(word, _reason)| (*word).to_owned())
@@ -57,7 +58,9 @@ mod tests {
         assert!(line.contains(
             "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 noxsave"
         ));
-        assert!(line.ends_with(" noxsave") && line.contains("quiet") && !line.contains("ttyS0"));
+        assert!(
+            line.ends_with(" noxsave") && line.contains("earlyprintk") && !line.contains("ttyS0")
+        );
         assert!(build(&[], true, "").ends_with("console=ttyS0 8250.nr_uarts=1"));
     }
 }

@@ -73,6 +73,17 @@ pub struct Files {
     pub initramfs: File,
 }
 
+/// What the guest must be told about its machine.
+#[derive(Debug)]
+pub struct Platform {
+    /// The kernel's command line.
+    pub words: String,
+    /// Number of processors.
+    pub cpus: u8,
+    /// Interrupts in use.
+    pub interrupts: Vec<u8>,
+}
+
 /// Where the first vCPU starts, and what it is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
@@ -86,12 +97,13 @@ pub struct Entry {
 ///
 /// # Errors
 /// [`BootError`]: all but `Tables` and `StartInfo` are about the files.
-pub fn load(mem: &Mem, mut files: Files, words: &str, cpus: u8) -> Result<Entry, BootError> {
+pub fn load(mem: &Mem, mut files: Files, platform: &Platform) -> Result<Entry, BootError> {
     let low_end = low_memory(mem);
     let (rip, kernel_end) = load_kernel(mem, &mut files.kernel)?;
     let initramfs = load_initramfs(mem, &mut files.initramfs, kernel_end, low_end)?;
-    write_command_line(mem, words)?;
-    mem.write_slice(&mptable::build(cpus), GuestAddress(mptable::ADDR))
+    write_command_line(mem, &platform.words)?;
+    let table = mptable::build(platform.cpus, &platform.interrupts);
+    mem.write_slice(&table, GuestAddress(mptable::ADDR))
         .map_err(BootError::Tables)?;
     write_start_info(mem, initramfs, low_end)?;
     Ok(Entry {

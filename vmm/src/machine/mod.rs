@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use caisson_vmm_spec::{Cause, Event, VmSpec};
 
-use crate::boot::{self, BootError, cmdline};
+use crate::boot::{self, BootError, Platform, cmdline};
 use crate::bus::Bus;
 use crate::console::{self, Console, SharedTail};
 use crate::control::Control;
@@ -152,8 +152,20 @@ fn start(
     rack.add_configured(files.devices)?;
     let devices = rack.start()?;
 
-    let words = cmdline::build(rack::interrupts(devices.len()), with_console, &spec.cmdline);
-    let entry = boot::load(&mem, files.boot, &words, spec.vcpus)?;
+    let mut interrupts = rack::interrupts(devices.len()).to_vec();
+    let words = cmdline::build(&interrupts, with_console, &spec.cmdline);
+    if with_console {
+        interrupts.push(console::IRQ);
+    }
+    let entry = boot::load(
+        &mem,
+        files.boot,
+        &Platform {
+            words,
+            cpus: spec.vcpus,
+            interrupts,
+        },
+    )?;
 
     let bus = Arc::new(Bus::new(console, devices));
     let surroundings = Surroundings {
@@ -187,7 +199,7 @@ fn wire_console(
     };
     let (console, interrupt) =
         Console::full(tail.clone(), file).map_err(host("make an eventfd"))?;
-    vm.wire_interrupt(&interrupt, console::IRQ)?;
+    vm.wire_interrupt(&interrupt, u32::from(console::IRQ))?;
     Ok((console, true))
 }
 

@@ -31,12 +31,12 @@ use crate::virtio::transport::{Link, Transport};
 use crate::virtio::worker::Worker;
 
 /// Interrupts by slot: pins of the IOAPIC without the console's (4), the clock's (8), the FPU's (13) and those below.
-const INTERRUPTS: [u32; 17] = [
+const INTERRUPTS: [u8; 17] = [
     5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
 ];
 
 /// The interrupts of the first `count` slots.
-pub(super) fn interrupts(count: usize) -> &'static [u32] {
+pub(super) fn interrupts(count: usize) -> &'static [u8] {
     &INTERRUPTS[..count.min(INTERRUPTS.len())]
 }
 
@@ -173,7 +173,7 @@ fn wire(
         .get(slot)
         .ok_or(SetupError::Value("more than 17 devices"))?;
     let link = Arc::new(Link::new().map_err(host("make an eventfd"))?);
-    vm.wire(&link, device_base(slot), *interrupt)?;
+    vm.wire(&link, device_base(slot), u32::from(*interrupt))?;
     Ok(worker.attach(device, link))
 }
 

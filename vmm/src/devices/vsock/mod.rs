@@ -37,7 +37,7 @@ use muxer::{Muxer, Owner};
 
 /// To the guest, from the guest, events (unused). The guest fills the first with buffers of 4 KiB: its size is the
 /// guest's memory.
-const QUEUES: &[u16] = &[128, 128, 8];
+const QUEUES: &[u16] = &[64, 128, 8];
 const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 /// The token of the dials; connections have small ones.
