@@ -133,23 +133,6 @@ fn the_end_of_stdin_reaches_the_program_which_can_still_answer() {
 }
 
 #[test]
-fn a_program_that_closes_its_stdout_goes_on() {
-    let case = Case::begin();
-    let bundle = case
-        .bundle()
-        .script("echo first; exec >&-; read line; exit 6");
-    let mut running = piped(case.run_call(&bundle, "one")).start();
-    let mut seen = String::new();
-    running
-        .take_stdout()
-        .read_to_string(&mut seen)
-        .expect("the end of stdout arrives early");
-    assert_eq!(seen, "first\n");
-    running.take_stdin().write_all(b"go\n").expect("write");
-    assert_eq!(running.finish().status, 6);
-}
-
-#[test]
 fn a_reader_that_goes_away_is_seen_by_the_program() {
     let case = Case::begin();
     let bundle = case
@@ -179,7 +162,9 @@ fn exec_has_streams_of_its_own() {
 
 #[test]
 fn a_child_that_holds_the_streams_does_not_hold_exec() {
-    let case = Case::begin();
+    let Some(case) = Case::begin_with_vm("runc 1.1.5 waits for the end of the streams") else {
+        return;
+    };
     case.start(&case.bundle().args(["sleep", "1000"]), "one");
     let outcome = case.exec("one", "sleep 500 & echo done");
     assert_eq!((outcome.status, outcome.text()), (0, "done\n"));

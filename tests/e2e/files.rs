@@ -1,142 +1,119 @@
 //! Files on the share: what the container makes is what the host has, and the other way round.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
-use caisson_tests::{Bundle, Case, tree};
-use rustix::fs::{XattrFlags, setxattr};
+use caisson_tests::{Bundle, Case};
 use serde_json::json;
 
-/// The container's half of these tests.
-const PROBE: &str = env!("CARGO_BIN_EXE_probe");
+const FS_TREE: &str = env!("CARGO_BIN_EXE_fs-tree");
+const POSIX_CHECK: &str = env!("CARGO_BIN_EXE_posix-check");
 
 /// A big tree and a hundred thousand files take their time in an emulated machine.
-const LONG: Duration = Duration::from_secs(240);
+const LONG: Duration = Duration::from_secs(280);
 
-/// A bundle with the probe in it, and the capabilities to make any file.
-fn probing(case: &Case) -> Bundle {
-    let bundle = case.bundle().privileged_files();
-    fs::copy(PROBE, bundle.rootfs("bin/probe")).expect("probe");
+/// A bundle with the workloads in it, what they need, and an empty directory `/share` for them.
+fn working(case: &Case) -> Bundle {
+    let bundle = case
+        .bundle()
+        .privileged_files()
+        .program(FS_TREE)
+        .program(POSIX_CHECK);
+    fs::create_dir(bundle.rootfs("share")).expect("mkdir");
     bundle.edit(|spec| {
         spec["process"]["rlimits"] =
             json!([{"type": "RLIMIT_NOFILE", "hard": 200_000, "soft": 200_000}]);
     })
 }
 
-fn assert_same(one: &[String], other: &[String]) {
+/// Everything that a tree on the host holds, one line an entry.
+pub(crate) fn manifest(case: &Case, dir: &Path) -> String {
+    let outcome = case
+        .program(FS_TREE)
+        .args(["manifest".as_ref(), dir.as_os_str()])
+        .succeed();
+    outcome.text().to_owned()
+}
+
+#[track_caller]
+fn assert_same(one: &str, other: &str) {
     let differing: Vec<_> = one
-        .iter()
-        .zip(other)
+        .lines()
+        .zip(other.lines())
         .filter(|(a, b)| a != b)
         .take(5)
         .collect();
+    let (one, other) = (one.lines().count(), other.lines().count());
     assert!(
-        differing.is_empty() && one.len() == other.len(),
-        "{} and {} entries; first differences: {differing:#?}",
-        one.len(),
-        other.len()
+        differing.is_empty() && one == other,
+        "{one} and {other} entries; first differences: {differing:#?}"
     );
 }
 
 #[test]
 fn a_tree_of_20000_files_made_in_the_container_is_the_same_on_the_host() {
     let case = Case::begin();
-    let bundle = probing(&case);
-    fs::create_dir(bundle.rootfs("tree")).expect("mkdir");
-    let bundle = bundle.args(["sh", "-c", "probe make /tree 20000 && probe list /tree"]);
+    let script =
+        "fs-tree make --omit trusted /share/tree && fs-tree manifest --omit trusted /share/tree";
+    let bundle = working(&case).script(script);
     let outcome = case.run_call(&bundle, "one").limit(LONG).finish();
     assert_eq!(outcome.status, 0, "{}", outcome.stderr);
-    let inside: Vec<String> = outcome.text().lines().map(str::to_owned).collect();
-    assert!(inside.len() >= 20_000, "{} entries", inside.len());
-    assert_same(&inside, &tree::manifest(&bundle.rootfs("tree")));
+    assert!(outcome.text().lines().count() >= 20_000);
+    assert_same(
+        outcome.text(),
+        &manifest(&case, &bundle.rootfs("share/tree")),
+    );
 }
 
 #[test]
 fn a_tree_of_20000_files_made_on_the_host_is_the_same_in_the_container() {
     let case = Case::begin();
-    let bundle = probing(&case);
-    fs::create_dir(bundle.rootfs("tree")).expect("mkdir");
-    tree::make(&bundle.rootfs("tree"), 20_000).expect("make");
-    let bundle = bundle.args(["probe", "list", "/tree"]);
+    let bundle = working(&case);
+    let tree = bundle.rootfs("share/tree");
+    let make = case
+        .program(FS_TREE)
+        .args(["make", "--omit", "trusted"])
+        .args([&tree]);
+    make.limit(LONG).succeed();
+    let bundle = bundle.args(["fs-tree", "manifest", "/share/tree"]);
     let outcome = case.run_call(&bundle, "one").limit(LONG).finish();
     assert_eq!(outcome.status, 0, "{}", outcome.stderr);
-    let inside: Vec<String> = outcome.text().lines().map(str::to_owned).collect();
-    assert_same(&inside, &tree::manifest(&bundle.rootfs("tree")));
+    assert_same(outcome.text(), &manifest(&case, &tree));
 }
 
 #[test]
 fn the_share_behaves_as_posix_says() {
     let case = Case::begin();
-    let bundle = probing(&case);
-    roots_files(&bundle.rootfs("roots"));
-    for dir in ["posix", "users"] {
-        fs::create_dir(bundle.rootfs(dir)).expect("mkdir");
-    }
-    chown(bundle.rootfs("users"), Some(1000), Some(1000)).expect("chown");
-    let outcome = case
-        .run_call(&bundle.args(["probe", "posix", "/posix"]), "root")
-        .limit(LONG)
-        .finish();
-    assert_eq!(outcome.status, 0, "{}\n{}", outcome.text(), outcome.stderr);
-}
-
-#[test]
-fn the_share_behaves_as_posix_says_for_a_user_without_privileges() {
-    let case = Case::begin();
-    let bundle = probing(&case);
-    roots_files(&bundle.rootfs("roots"));
-    fs::create_dir(bundle.rootfs("users")).expect("mkdir");
-    chown(bundle.rootfs("users"), Some(1000), Some(1000)).expect("chown");
-    let bundle = bundle.args(["probe", "posix-user", "/users"]).edit(|spec| {
-        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
-        spec["process"]["capabilities"] = json!({});
-    });
-    let outcome = case.run_call(&bundle, "user").limit(LONG).finish();
-    assert_eq!(outcome.status, 0, "{}\n{}", outcome.text(), outcome.stderr);
-}
-
-/// Root's files, against which a user tries its rights.
-fn roots_files(dir: &Path) {
-    let make = |name: &str, mode: u32, text: &str| {
-        let path = dir.join(name);
-        if text.is_empty() {
-            fs::create_dir(&path).expect("mkdir");
-        } else {
-            fs::write(&path, text).expect("write");
-        }
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+    let bundle = working(&case);
+    let bundle = match caisson_tests::case::runtime().as_str() {
+        "caisson" => bundle.args(["posix-check", "--on", "virtio-fs", "/share"]),
+        _ => bundle.args(["posix-check", "/share"]),
     };
-    fs::create_dir(dir).expect("mkdir");
-    make("secret", 0o600, "secret");
-    make("readable", 0o644, "public");
-    make("closed", 0o700, "");
-    make("closed/file", 0o644, "hidden");
-    make("sticky", 0o1777, "");
-    make("sticky/roots", 0o666, "root's");
-    make("listed", 0o600, "listed");
-    setxattr(
-        dir.join("listed"),
-        "system.posix_acl_access",
-        &tree::access_list(0),
-        XattrFlags::empty(),
-    )
-    .expect("setfacl");
+    let outcome = case.run_call(&bundle, "one").limit(LONG).finish();
+    let failed: Vec<&str> = outcome
+        .text()
+        .lines()
+        .filter(|line| !line.starts_with("ok "))
+        .collect();
+    assert_eq!(
+        outcome.status,
+        0,
+        "{}\n{}",
+        failed.join("\n"),
+        outcome.stderr
+    );
 }
 
 #[test]
 fn a_hundred_thousand_files_are_open_at_once() {
     let case = Case::begin();
-    let bundle = probing(&case);
-    fs::create_dir(bundle.rootfs("many")).expect("mkdir");
-    let bundle = bundle.args(["probe", "open", "/many", "100000"]);
+    let bundle = working(&case).args(["posix-check", "open-files", "/share"]);
     let outcome = case.run_call(&bundle, "one").limit(LONG).finish();
-    assert_eq!(
-        (outcome.status, outcome.text()),
-        (0, "100000 files open\n"),
-        "{}",
-        outcome.stderr
+    assert_eq!(outcome.status, 0, "{} {}", outcome.text(), outcome.stderr);
+    assert!(
+        outcome.text().contains("open 100000 of 100000"),
+        "{outcome:?}"
     );
 }
 

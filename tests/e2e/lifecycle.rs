@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use caisson_tests::{Case, Terminal, tree};
+use caisson_tests::{Case, Terminal};
+
+use crate::files::manifest;
 
 /// Rows of `list`, each split into its columns.
 fn list(case: &Case) -> Vec<Vec<String>> {
@@ -17,7 +19,7 @@ fn list(case: &Case) -> Vec<Vec<String>> {
 fn the_walk_through_of_runc_works_word_for_word() {
     let case = Case::begin();
     let bundle = case.bundle().args(["sleep", "1000"]).terminal();
-    let before = tree::manifest(bundle.dir());
+    let before = manifest(&case, bundle.dir());
 
     let refused = case.create_call(&bundle, "demo").finish();
     refused.is_refusal("cannot allocate tty if");
@@ -47,7 +49,7 @@ fn the_walk_through_of_runc_works_word_for_word() {
     case.call(["delete", "demo"]).succeed();
     assert_eq!(list(&case), [header]);
     assert_eq!(
-        tree::manifest(bundle.dir()),
+        manifest(&case, bundle.dir()),
         before,
         "the bundle was changed"
     );
@@ -74,7 +76,7 @@ fn processes_in_a_terminal_are_the_containers(case: &Case) {
         .lines()
         .map(|line| line.split_whitespace().collect())
         .collect();
-    let rows: Vec<&Vec<&str>> = rows.iter().filter(|row| !row.is_empty()).collect();
+    let rows: Vec<&Vec<&str>> = rows.iter().filter(|row| row.len() > 1).collect();
     assert_eq!(rows[0][..], ["1", "sleep", "1000"], "{listing}");
     let commands: Vec<&str> = rows.iter().map(|row| row[1]).collect();
     assert_eq!(commands, ["sleep", "/bin/sh", "ps"], "{listing}");

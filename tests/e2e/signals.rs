@@ -1,14 +1,12 @@
 //! Signals sent to the runtime's foreground process reach the program.
 
-use std::io::Write;
 use std::process::Stdio;
 
-use caisson_tests::Case;
+use caisson_tests::{Case, Running};
 use rustix::process::Signal;
 
-/// Says each signal's name as it arrives; TERM is the last.
-const SCRIPT: &str = "for s in INT HUP USR1 USR2 WINCH; do trap \"echo $s\" $s; done; trap 'echo TERM; exit 21' TERM; \
-                      echo ready; while :; do read line; done";
+/// Says each signal's name as it arrives.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_signals");
 
 const SIGNALS: &[(Signal, &str)] = &[
     (Signal::INT, "INT"),
@@ -18,40 +16,36 @@ const SIGNALS: &[(Signal, &str)] = &[
     (Signal::TERM, "TERM"),
 ];
 
-#[test]
-fn run_forwards_signals_to_the_program() {
-    let case = Case::begin();
-    let bundle = case.bundle().script(SCRIPT);
-    let call = case
-        .run_call(&bundle, "one")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
-    let mut running = call.start();
-    let mut stdin = running.take_stdin();
+/// Sends each signal to the runtime's own process and expects the program to name it.
+#[track_caller]
+fn each_signal_arrives(mut running: Running) {
     assert_eq!(running.line(), "ready");
     for (signal, name) in SIGNALS {
         running.signal(*signal);
-        // A shell runs its traps when a read returns.
-        let _ = stdin.write_all(b"\n");
         assert_eq!(running.line(), *name);
     }
-    assert_eq!(running.finish().status, 21);
+    assert_eq!(running.finish().status, 0);
+}
+
+#[test]
+fn run_forwards_signals_to_the_program() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .program(PROGRAM)
+        .args(["signals", "--until", "TERM"]);
+    each_signal_arrives(case.run_call(&bundle, "one").stdout(Stdio::piped()).start());
 }
 
 #[test]
 fn exec_forwards_signals_to_its_process_only() {
     let case = Case::begin();
-    case.start(&case.bundle().args(["sleep", "1000"]), "one");
-    let call = case.call(["exec", "one", "/bin/sh", "-c", SCRIPT]);
-    let mut running = call.stdin(Stdio::piped()).stdout(Stdio::piped()).start();
-    let mut stdin = running.take_stdin();
-    assert_eq!(running.line(), "ready");
-    for (signal, name) in SIGNALS {
-        running.signal(*signal);
-        let _ = stdin.write_all(b"\n");
-        assert_eq!(running.line(), *name);
-    }
-    assert_eq!(running.finish().status, 21);
+    case.start(
+        &case.bundle().program(PROGRAM).args(["sleep", "1000"]),
+        "one",
+    );
+    let call = case.call(["exec", "one", "signals", "--until", "TERM"]);
+    each_signal_arrives(call.stdout(Stdio::piped()).start());
     assert_eq!(case.status("one"), "running");
     case.delete("one");
 }

@@ -108,25 +108,39 @@ impl Bundle {
         })
     }
 
-    /// All capabilities that tests about files need, in all sets.
+    /// One of the workloads' programs, in `/bin`.
+    #[must_use]
+    pub fn program(self, path: &str) -> Self {
+        let name = Path::new(path).file_name().expect("a program");
+        fs::copy(path, self.rootfs("bin").join(name)).expect("copy the program");
+        self
+    }
+
+    /// What a plain root user may do to files, in all sets, and any device node.
     #[must_use]
     pub fn privileged_files(self) -> Self {
         let names = [
             "CAP_CHOWN",
             "CAP_DAC_OVERRIDE",
+            "CAP_DAC_READ_SEARCH",
             "CAP_FOWNER",
             "CAP_FSETID",
             "CAP_KILL",
-            "CAP_SETGID",
-            "CAP_SETUID",
             "CAP_MKNOD",
+            "CAP_NET_RAW",
             "CAP_SETFCAP",
+            "CAP_SETGID",
+            "CAP_SETPCAP",
+            "CAP_SETUID",
+            "CAP_SYS_ADMIN",
             "CAP_SYS_RESOURCE",
         ];
         self.edit(|spec| {
             for set in ["bounding", "effective", "permitted"] {
                 spec["process"]["capabilities"][set] = json!(names);
             }
+            spec["process"]["noNewPrivileges"] = json!(false);
+            spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
         })
     }
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
@@ -27,7 +27,29 @@ pub struct Case {
     dir: PathBuf,
     before: Snapshot,
     calls: Cell<u32>,
+    /// Closed at the case's end; until then a thread waits for that, with a limit.
+    _watched: mpsc::Sender<()>,
     _turn: MutexGuard<'static, ()>,
+}
+
+/// How long a case may take before its processes are killed.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Kills this process's descendants when a case takes too long: a test that reads from them then fails.
+fn watch(case: &str) -> mpsc::Sender<()> {
+    let (sender, receiver) = mpsc::channel::<()>();
+    let case = case.to_owned();
+    std::thread::spawn(move || {
+        if receiver.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{case} takes longer than {LIMIT:?}: killing its processes");
+            for process in host::descendants(std::process::id().cast_signed()) {
+                if let Some(pid) = Pid::from_raw(process.pid) {
+                    let _ = rustix::process::kill_process(pid, Signal::KILL);
+                }
+            }
+        }
+    });
+    sender
 }
 
 /// The name of the runtime under test.
@@ -52,10 +74,12 @@ impl Case {
         fs::create_dir_all(&dir).expect("scratch directory");
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("permissions");
         fs::write(dir.join("config.toml"), configuration()).expect("config.toml");
+        let before = Snapshot::take();
         Self {
             dir,
-            before: Snapshot::take(),
+            before,
             calls: Cell::new(0),
+            _watched: watch(&name),
             _turn: turn,
         }
     }

@@ -12,7 +12,6 @@ pub mod call;
 pub mod case;
 pub mod host;
 pub mod terminal;
-pub mod tree;
 
 pub use bundle::Bundle;
 pub use call::{Call, Outcome, Running};
