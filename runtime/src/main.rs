@@ -1,6 +1,12 @@
 //! The program `caisson`: argv in, exit status out.
 
-use std::{env, ffi::OsStr, fmt::Display, process::ExitCode};
+use std::{
+    env,
+    ffi::OsStr,
+    fmt::Display,
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use caisson::{
     cli::Cli,
@@ -22,17 +28,17 @@ fn main() -> ExitCode {
         Ok(cli) => carry_out(cli),
         Err(error) if error.use_stderr() => {
             let misuse = error::misuse(&error);
-            println!(
-                "Incorrect Usage: {}\n\n{}",
+            show(format_args!(
+                "Incorrect Usage: {}\n\n{}\n",
                 misuse.message,
                 help(misuse.command.as_deref())
-            );
+            ));
             Log::plain().error(&misuse.message);
             misuse.status
         }
         // What was asked for is the help.
         Err(error) => {
-            print!("{error}");
+            show(&error);
             ExitCode::SUCCESS
         }
     }
@@ -41,11 +47,11 @@ fn main() -> ExitCode {
 fn carry_out(cli: Cli) -> ExitCode {
     let global = cli.global;
     if global.version {
-        print!("{}", version::text());
+        show(version::text());
         return ExitCode::SUCCESS;
     }
     let Some(command) = cli.command else {
-        print!("{}", Cli::command().render_help());
+        show(help(None));
         return ExitCode::SUCCESS;
     };
     let log = match Log::open(global.log.as_deref(), &global.log_format, global.debug) {
@@ -63,6 +69,11 @@ fn carry_out(cli: Cli) -> ExitCode {
             .error(&format!("{prefix}{}", error::message(&error)));
         status
     })
+}
+
+/// Prints what was asked for. Whoever closed standard output does not want to know.
+fn show(text: impl Display) {
+    let _ = write!(io::stdout(), "{text}");
 }
 
 /// The help of a command, or of all.

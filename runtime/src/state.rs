@@ -205,7 +205,7 @@ impl StateDir {
     pub fn claim(root: &Path, id: &ContainerId) -> Result<Self, StateError> {
         fs::DirBuilder::new()
             .recursive(true)
-            .mode(0o711)
+            .mode(0o700)
             .create(root)
             .map_err(|source| StateError::Io {
                 step: "make",

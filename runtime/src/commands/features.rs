@@ -63,7 +63,7 @@ fn document() -> Value {
                 "operators": words(
                     "SCMP_CMP_EQ SCMP_CMP_GE SCMP_CMP_GT SCMP_CMP_LE SCMP_CMP_LT SCMP_CMP_MASKED_EQ SCMP_CMP_NE",
                 ),
-                "archs": words("SCMP_ARCH_X32 SCMP_ARCH_X86 SCMP_ARCH_X86_64"),
+                "archs": words("SCMP_ARCH_AARCH64 SCMP_ARCH_ARM SCMP_ARCH_X32 SCMP_ARCH_X86 SCMP_ARCH_X86_64"),
             },
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},

@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
 };
@@ -98,6 +101,7 @@ impl Supervised {
         };
         let (ours, theirs) = packet::pair().map_err(failed)?;
         let child = Command::new("/proc/self/exe")
+            .arg0("caisson")
             .args([program.command, program.subject])
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())

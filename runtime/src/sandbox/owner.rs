@@ -44,6 +44,34 @@ struct Owner {
     ending: Option<(Ended, Instant)>,
 }
 
+/// How an owner's service ended.
+#[derive(Debug)]
+enum Last {
+    /// The VMM said why.
+    Reported(Ended),
+    /// The VMM hung up without a word.
+    Closed,
+    /// The last handle is gone.
+    Unwanted,
+    /// The virtual machine did not end in the time it was given.
+    Late,
+}
+
+/// Why the virtual machine ended: what the VMM says, unless it only did what the owner wanted.
+fn verdict(last: Last, wanted: Option<Ended>, observed: Ended) -> Ended {
+    match (last, wanted) {
+        (Last::Reported(said), None) => said,
+        (Last::Reported(said), Some(_)) if said.cause != Cause::PowerOff => said,
+        // It is being stopped anyway, and how exactly is of no interest.
+        (Last::Closed, Some(why)) if why.cause == Cause::PowerOff => why,
+        (Last::Closed, _) => observed,
+        (Last::Unwanted, None) => ended(Cause::PowerOff, "its owner is gone"),
+        (_, Some(why)) => why,
+        // There is no deadline without a reason.
+        (Last::Late, None) => observed,
+    }
+}
+
 /// Starts the owner.
 pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
     let (outbox, inbox) = mpsc::channel(INBOX);
@@ -68,7 +96,7 @@ pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
 impl Owner {
     /// Serves until the virtual machine has ended.
     async fn run(mut self, mut vmm: Vmm, mut inbox: mpsc::Receiver<Message>) -> Ended {
-        let reported = loop {
+        let last = loop {
             let deadline = self.ending.as_ref().map(|(_, deadline)| *deadline);
             tokio::select! {
                 biased;
@@ -77,37 +105,27 @@ impl Owner {
                         self.ports.arrive(port, stream);
                     }
                     Ok(Some((VmEvent::Ended { cause, message, console }, _))) => {
-                        break Some(Ended::reported(cause, &message, &console));
+                        break Last::Reported(Ended::reported(cause, &message, &console));
                     }
                     Ok(Some(_)) => {}
                     // A VMM that speaks nonsense is as good as one that is gone.
-                    Ok(None) | Err(_) => break None,
+                    Ok(None) | Err(_) => break Last::Closed,
                 },
                 message = inbox.recv() => match message {
                     Some(message) => self.handle(message, &vmm).await,
-                    // The last handle is gone.
-                    None => {
-                        vmm.kill();
-                        break Some(ended(Cause::PowerOff, "its owner is gone"));
-                    }
+                    None => break Last::Unwanted,
                 },
-                () = until(deadline) => break None,
+                () = until(deadline) => break Last::Late,
             }
         };
         // Nobody is answered from here on; the handles learn the cause.
         inbox.close();
         self.containers.clear();
-        let ending = self.ending.take();
-        if ending.is_some() && reported.is_none() {
+        if matches!(last, Last::Unwanted | Last::Late) {
             vmm.kill();
         }
         let observed = vmm.end(LAST_BREATH).await;
-        match (ending, reported) {
-            (Some((why, _)), Some(reported)) if reported.cause == Cause::PowerOff => why,
-            (_, Some(reported)) => reported,
-            (Some((why, _)), None) => why,
-            (None, None) => observed,
-        }
+        verdict(last, self.ending.take().map(|(why, _)| why), observed)
     }
 
     async fn handle(&mut self, message: Message, vmm: &Vmm) {
@@ -501,5 +519,33 @@ fn ended(cause: Cause, message: &str) -> Ended {
         cause,
         message: message.to_owned(),
         console: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_known_reason_for_the_end_is_told() {
+        let panic = || ended(Cause::GuestPanic, "panic");
+        let stopped = || ended(Cause::PowerOff, "it was stopped");
+        let hung_up = || ended(Cause::HostError, "its agent hung up");
+        let tell =
+            |last, wanted| verdict(last, wanted, ended(Cause::HostError, "signal: 9")).message;
+        assert_eq!(tell(Last::Reported(panic()), None), "panic");
+        assert_eq!(tell(Last::Reported(panic()), Some(hung_up())), "panic");
+        assert_eq!(
+            tell(
+                Last::Reported(ended(Cause::PowerOff, "off")),
+                Some(hung_up())
+            ),
+            "its agent hung up"
+        );
+        assert_eq!(tell(Last::Closed, None), "signal: 9");
+        assert_eq!(tell(Last::Closed, Some(hung_up())), "signal: 9");
+        assert_eq!(tell(Last::Closed, Some(stopped())), "it was stopped");
+        assert_eq!(tell(Last::Late, Some(hung_up())), "its agent hung up");
+        assert_eq!(tell(Last::Unwanted, None), "its owner is gone");
     }
 }
