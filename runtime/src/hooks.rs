@@ -1,7 +1,7 @@
 //! Hooks of the host's side: programs of the container's owner, run at fixed moments with the state on stdin.
 //!
-//! Contract: hooks of a list run one after the other, in the caller's namespaces, with exactly the environment that
-//! the specification gives them. `prestart` and `createRuntime`: the first failure ends the list and fails the
+//! Contract: hooks of a list run one after the other, in the caller's namespaces and in the bundle's directory,
+//! with exactly the environment that the specification gives them, or the caller's if it gives none (as runc). `prestart` and `createRuntime`: the first failure ends the list and fails the
 //! operation ([`run`]). `poststart` and `poststop`: every hook runs, failures are warnings ([`run_all`]).
 //! A hook that outlives its timeout is killed. Blocks its thread; nothing is polled for.
 //! The hook's standard streams are memory files, so it can neither block on a full pipe nor keep the caller waiting
@@ -13,7 +13,7 @@ use std::{
     fs::File,
     io::{self, Read, Seek, Write},
     os::unix::process::CommandExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
@@ -97,23 +97,34 @@ pub fn lists(hooks: &Hooks) -> impl Iterator<Item = (&'static str, &[Hook])> {
 }
 
 /// Runs a list of hooks; the first failure is returned and the rest do not run. `state` is the OCI state as JSON.
-pub fn run(list: &'static str, hooks: &[Hook], state: &[u8]) -> Result<(), HookError> {
+pub fn run(
+    list: &'static str,
+    hooks: &[Hook],
+    state: &[u8],
+    bundle: &Path,
+) -> Result<(), HookError> {
     hooks
         .iter()
         .enumerate()
-        .try_for_each(|(index, hook)| run_one(list, index, hook, state))
+        .try_for_each(|(index, hook)| run_one(list, index, hook, state, bundle))
 }
 
 /// Runs every hook of a list and returns what failed.
-pub fn run_all(list: &'static str, hooks: &[Hook], state: &[u8]) -> Vec<HookError> {
+pub fn run_all(list: &'static str, hooks: &[Hook], state: &[u8], bundle: &Path) -> Vec<HookError> {
     let outcomes = hooks
         .iter()
         .enumerate()
-        .map(|(index, hook)| run_one(list, index, hook, state));
+        .map(|(index, hook)| run_one(list, index, hook, state, bundle));
     outcomes.filter_map(Result::err).collect()
 }
 
-fn run_one(list: &'static str, index: usize, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
+fn run_one(
+    list: &'static str,
+    index: usize,
+    hook: &Hook,
+    state: &[u8],
+    bundle: &Path,
+) -> Result<(), HookError> {
     let path = hook.path();
     let failed = |step| {
         move |source| HookError::Start {
@@ -131,7 +142,7 @@ fn run_one(list: &'static str, index: usize, hook: &Hook, state: &[u8]) -> Resul
         .map_err(failed("prepare"))?;
     let mut stdout = memory_file().map_err(failed("prepare"))?;
     let mut stderr = memory_file().map_err(failed("prepare"))?;
-    let mut child = command(hook)
+    let mut child = command(hook, bundle)
         .stdin(Stdio::from(stdin))
         .stdout(stdout.try_clone().map_err(failed("prepare"))?)
         .stderr(stderr.try_clone().map_err(failed("prepare"))?)
@@ -159,19 +170,21 @@ fn run_one(list: &'static str, index: usize, hook: &Hook, state: &[u8]) -> Resul
     }
 }
 
-fn command(hook: &Hook) -> Command {
+fn command(hook: &Hook, bundle: &Path) -> Command {
     let mut command = Command::new(hook.path());
     let args = hook.args().as_deref().unwrap_or_default();
     if let Some((name, args)) = args.split_first() {
         command.arg0(name).args(args);
     }
-    command.env_clear();
-    let pairs = hook
-        .env()
-        .iter()
-        .flatten()
-        .filter_map(|pair| pair.split_once('='));
-    command.envs(pairs);
+    if let Some(env) = hook.env() {
+        command
+            .env_clear()
+            .envs(env.iter().filter_map(|pair| pair.split_once('=')));
+    }
+    // The hook that undoes what another did must run even if the bundle is gone.
+    if bundle.is_dir() {
+        command.current_dir(bundle);
+    }
     command
 }
 
@@ -221,7 +234,7 @@ mod tests {
     #[test]
     fn a_hook_reads_the_state_and_fails_with_its_output() {
         let hooks = [shell("cat; echo bad >&2; exit 3")];
-        let error = run("createRuntime", &hooks, b"{\"id\":\"c\"}").unwrap_err();
+        let error = run("createRuntime", &hooks, b"{\"id\":\"c\"}", Path::new("/")).unwrap_err();
         assert_eq!(
             error.to_string(),
             "error running createRuntime hook #0: /bin/sh: exit status: 3, stdout: {\"id\":\"c\"}, stderr: bad"
@@ -233,9 +246,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mark = dir.path().join("mark");
         let hooks = [shell("exit 1"), shell(&format!("touch {}", mark.display()))];
-        run("prestart", &hooks, b"{}").unwrap_err();
+        run("prestart", &hooks, b"{}", Path::new("/")).unwrap_err();
         assert!(!mark.exists());
-        let failures = run_all("poststop", &hooks, b"{}");
+        let failures = run_all("poststop", &hooks, b"{}", Path::new("/"));
         assert_eq!(failures.len(), 1);
         assert!(mark.exists());
     }
@@ -243,12 +256,31 @@ mod tests {
     #[test]
     fn the_environment_is_the_hooks_own() {
         let listed = r#"{"path":"/bin/sh","args":["sh","-c","test \"$A$HOME$CARGO\" = b=c"],"env":["A=b=c"]}"#;
-        run("prestart", &[hook(listed)], b"").unwrap();
+        run("prestart", &[hook(listed)], b"", Path::new("/")).unwrap();
+    }
+
+    #[test]
+    fn without_an_environment_a_hook_gets_the_callers() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = format!(
+            "test -n \"$PATH\" && test \"$(pwd -P)\" = {}",
+            dir.path().canonicalize().unwrap().display()
+        );
+        run("prestart", &[shell(&script)], b"", dir.path()).unwrap();
+        run(
+            "prestart",
+            &[shell("exit 0")],
+            b"",
+            &dir.path().join("gone"),
+        )
+        .unwrap();
     }
 
     #[test]
     fn a_hook_past_its_timeout_is_killed() {
-        let mut child = command(&shell("kill -STOP $$")).spawn().unwrap();
+        let mut child = command(&shell("kill -STOP $$"), Path::new("/"))
+            .spawn()
+            .unwrap();
         assert_eq!(
             wait(&mut child, Some(Duration::from_millis(1))).unwrap(),
             None
@@ -273,14 +305,20 @@ mod tests {
 
     #[test]
     fn a_hook_within_its_timeout_is_waited_for() {
-        let mut child = command(&shell("exit 7")).spawn().unwrap();
+        let mut child = command(&shell("exit 7"), Path::new("/")).spawn().unwrap();
         let status = wait(&mut child, Some(Duration::from_secs(600))).unwrap();
         assert_eq!(status.and_then(|status| status.code()), Some(7));
     }
 
     #[test]
     fn a_missing_program_is_named() {
-        let error = run("prestart", &[hook(r#"{"path":"/nope"}"#)], b"").unwrap_err();
+        let error = run(
+            "prestart",
+            &[hook(r#"{"path":"/nope"}"#)],
+            b"",
+            Path::new("/"),
+        )
+        .unwrap_err();
         assert_eq!(
             crate::error::message(&error),
             "error running prestart hook #0: start /nope: No such file or directory (os error 2)"
@@ -292,7 +330,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("fifo");
         let script = format!("mkfifo {0}; (read x < {0}) & exit 0", fifo.display());
-        run("prestart", &[shell(&script)], b"{}").unwrap();
+        run("prestart", &[shell(&script)], b"{}", Path::new("/")).unwrap();
         // Lets the background process go.
         drop(
             std::fs::OpenOptions::new()

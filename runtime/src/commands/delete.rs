@@ -78,7 +78,7 @@ pub(super) fn destroy(context: &Context, dir: StateDir) -> Result<(), CommandErr
     dir.remove()?;
     if !lists.poststop.is_empty() {
         let told = hook_state(&state, Status::Stopped);
-        for failure in hooks::run_all("poststop", &lists.poststop, &told) {
+        for failure in hooks::run_all("poststop", &lists.poststop, &told, &state.bundle) {
             context.log.warning(&error::message(&failure));
         }
     }

@@ -150,10 +150,11 @@ fn listen(
 
 fn run_hooks(order: &Order) -> Result<(), LaunchError> {
     let dir = StateDir::open(&order.root, &order.id)?;
-    let state = hook_state(&dir.state()?, Status::Creating);
+    let state = dir.state()?;
+    let told = hook_state(&state, Status::Creating);
     let lists = HostHooks::load(dir.path()).map_err(LaunchError::Hooks)?;
-    hooks::run("prestart", &lists.prestart, &state)?;
-    hooks::run("createRuntime", &lists.create_runtime, &state)?;
+    hooks::run("prestart", &lists.prestart, &told, &state.bundle)?;
+    hooks::run("createRuntime", &lists.create_runtime, &told, &state.bundle)?;
     Ok(())
 }
 

@@ -48,8 +48,9 @@ pub(super) fn after_start(context: &Context, id: &ContainerId) -> Result<(), Com
     if lists.poststart.is_empty() {
         return Ok(());
     }
-    let state = hook_state(&dir.state()?, Status::Running);
-    for failure in hooks::run_all("poststart", &lists.poststart, &state) {
+    let state = dir.state()?;
+    let told = hook_state(&state, Status::Running);
+    for failure in hooks::run_all("poststart", &lists.poststart, &told, &state.bundle) {
         context.log.warning(&error::message(&failure));
     }
     Ok(())
