@@ -601,7 +601,7 @@ impl Host {
             "i686",
         )
         .await;
-        self.expect("device rules", with(sh("mknod /tmp/kmsg c 1 11; cat /tmp/kmsg 2>&1 | head -c 60; rm /tmp/kmsg; echo; head -c 3 /dev/zero | wc -c"), with(caps(&["CAP_MKNOD"]), json!({"linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}]}}}))), "cat: can't open '/tmp/kmsg': Operation not permitted\n3").await;
+        self.expect("device rules", with(sh("mknod /tmp/kmsg c 1 11; cat /tmp/kmsg 2>&1 | head -c 60; rm /tmp/kmsg; echo; head -c 3 /dev/zero | wc -c"), with(caps(&["CAP_MKNOD"]), json!({"linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}]}}}))), "cat: can't open '/tmp/kmsg': Operation not permitted\n\n3").await;
         self.refuse("unmapped user", with(sh("true"), json!({"process": {"user": {"uid": 5000, "gid": 0}}, "linux": {
             "namespaces": [{"type":"pid"},{"type":"mount"},{"type":"user"},{"type":"uts"},{"type":"ipc"},{"type":"network"}],
             "uidMappings": [{"containerID":0,"hostID":0,"size":1000}], "gidMappings": [{"containerID":0,"hostID":0,"size":1000}]}})), "cannot set uid to unmapped user").await;
@@ -787,8 +787,10 @@ impl Host {
         self.check("deleting again is fine", e.is_ok(), &e);
         let streams = self.streams(false);
         let _ = self.create("k", &sh("sleep 100"), &streams).await;
+        say("created k");
         let open = streams.open().await;
         let e = self.kill("k", "", 9, false).await;
+        say("killed k");
         let end = self.wait("k", "").await;
         self.check(
             "a created container can be killed",
@@ -850,7 +852,7 @@ impl Host {
             .create(
                 "t",
                 &with(
-                    sh("trap 'stty size' WINCH; echo up; read line; echo got $line; exit 5"),
+                    sh("trap 'stty size' WINCH; echo up; until read line; do :; done; echo got $line; exit 5"),
                     tty,
                 ),
                 &streams,
@@ -885,7 +887,7 @@ impl Host {
         open.stdout.read_to_string(&mut rest).await.unwrap();
         self.check(
             "a line through the terminal",
-            end.exit_status == 5 && rest.contains("got words"),
+            end.exit_status == 5 && rest.contains("got words") && rest.contains("5 6"),
             &(rest, end),
         );
         let _ = self.delete("t").await;
