@@ -81,6 +81,8 @@ pub struct Session {
     control: Packets,
     progress: [Option<Progress>; 2],
     terminal: Option<OwnedFd>,
+    /// The terminal is this process's controlling one: the slave of a pair made for it.
+    controls_terminal: bool,
 }
 
 impl Session {
@@ -111,6 +113,7 @@ impl Session {
             control,
             progress: [stdout, stderr],
             terminal,
+            controls_terminal: order.console_socket.is_some(),
         })
     }
 
@@ -120,6 +123,7 @@ impl Session {
             control,
             progress,
             terminal,
+            controls_terminal,
         } = self;
         let (status, ends) = loop {
             tokio::select! {
@@ -141,6 +145,9 @@ impl Session {
             if let Some(mut stream) = stream {
                 stream.reached(bytes).await;
             }
+        }
+        if let Some(terminal) = terminal.filter(|_| controls_terminal) {
+            terminal::release(terminal.as_fd());
         }
         status
     }

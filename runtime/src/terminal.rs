@@ -6,6 +6,11 @@
 //! (`SIGHUP`). Without one, in the foreground, the caller's terminal is put in raw mode for as long as a guard lives.
 //! Not here: moving the bytes (`stdio.rs`), telling the guest (`sandbox/`).
 
+#![allow(
+    unsafe_code,
+    reason = "giving a controlling terminal up is an ioctl that rustix does not have"
+)]
+
 use std::{
     io::{self, IoSlice},
     mem::MaybeUninit,
@@ -16,6 +21,7 @@ use std::{
 
 use oci_spec::runtime::BoxBuilder;
 use rustix::{
+    ioctl::{NoArg, Opcode, ioctl},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
     pty::OpenptFlags,
     termios::{
@@ -62,6 +68,18 @@ pub fn behind_console_socket(path: &Path, size: Option<Size>) -> Result<OwnedFd,
         source,
     })?;
     Ok(slave)
+}
+
+/// Gives the controlling terminal up. A process that ends with one has the kernel hang the terminal up, and what its
+/// other side has not read yet is lost; without one, the other side reads everything and then the end.
+/// The kernel sends this process a last `SIGHUP`.
+pub fn release(terminal: BorrowedFd<'_>) {
+    /// tty_ioctl(4), asm-generic/ioctls.h.
+    const TIOCNOTTY: Opcode = 0x5422;
+    // SAFETY: TIOCNOTTY is an operation without an argument.
+    let give_up = unsafe { NoArg::<TIOCNOTTY>::new() };
+    // SAFETY: it touches no memory of this process; on anything but our controlling terminal it fails.
+    let _ = unsafe { ioctl(terminal, give_up) };
 }
 
 /// The size of a terminal; `None` if it is none or has no size.

@@ -138,6 +138,9 @@ impl Live {
         })
         .await;
         drop(share);
+        if let Some(terminal) = &terminal {
+            terminal::release(terminal.as_fd());
+        }
         if let (Err(error), Some(log)) = (stored, &log) {
             log.error(&crate::error::message(&error));
         }
