@@ -10,6 +10,9 @@ const KVM_API: i32 = 12;
 /// The oldest kernel with everything the runtime uses: cgroup.kill of 5.14 is the newest part.
 const OLDEST_KERNEL: (u32, u32) = (5, 14);
 
+/// Controllers that limits of containers need.
+const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "io", "memory"];
+
 /// One line of the report.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Finding {
@@ -142,8 +145,21 @@ fn kernel(host: &Host) -> Finding {
 
 fn cgroup(host: &Host) -> Finding {
     let advice = "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on /sys/fs/cgroup";
-    match host.cgroup {
-        Cgroup::V2 => Finding::new(Grade::Fine, "cgroups", "version 2", ""),
+    match &host.cgroup {
+        Cgroup::V2 { controllers } => {
+            let lacks = |name: &&str| !controllers.split_whitespace().any(|known| known == *name);
+            let missing: Vec<_> = CONTROLLERS.into_iter().filter(lacks).collect();
+            if missing.is_empty() {
+                return Finding::new(Grade::Fine, "cgroups", "version 2", "");
+            }
+            let missing = missing.join(", ");
+            Finding::new(
+                Grade::Note,
+                "cgroups",
+                format!("version 2 without {missing}"),
+                "limits of that kind are refused; look for cgroup_disable= on the kernel's command line",
+            )
+        }
         Cgroup::V1 => Finding::new(Grade::Missing, "cgroups", "version 1", advice),
         Cgroup::None => Finding::new(Grade::Missing, "cgroups", "none on /sys/fs/cgroup", advice),
     }
@@ -265,7 +281,9 @@ mod tests {
             kvm: Ok(12),
             cpu_flags: vec!["fpu".into(), "svm".into()],
             kernel: "6.12.115+deb12-cloud-amd64".into(),
-            cgroup: Cgroup::V2,
+            cgroup: Cgroup::V2 {
+                controllers: "cpuset cpu io memory pids".into(),
+            },
             tun: Ok(()),
             user_namespaces: Some(15_000),
             vulnerabilities: vec![
@@ -367,6 +385,9 @@ mod tests {
             "Vulnerable: no microcode; SMT vulnerable".into(),
         )];
         let host = Host {
+            cgroup: Cgroup::V2 {
+                controllers: "cpuset cpu io pids".into(),
+            },
             tun: Err(ErrorKind::NotFound),
             user_namespaces: Some(0),
             vulnerabilities: vulnerable,
@@ -378,6 +399,7 @@ mod tests {
         assert!(!judge(&host).iter().any(Finding::is_missing));
         let text = complaints(&host).concat();
         for word in [
+            "without memory",
             "modprobe tun",
             "max_user_namespaces",
             "open: mds",

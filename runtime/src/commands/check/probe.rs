@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{AtFlags, Mode, OFlags, open};
+use rustix::fs::{Mode, OFlags, open};
 
 use crate::config::{Config, ConfigError};
 
@@ -36,9 +36,12 @@ pub(super) struct Host {
 }
 
 /// Which version is mounted on `/sys/fs/cgroup`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Cgroup {
-    V2,
+    V2 {
+        /// `cgroup.controllers` of the root.
+        controllers: String,
+    },
     V1,
     None,
 }
@@ -77,19 +80,12 @@ fn kvm() -> Result<i32, io::ErrorKind> {
 }
 
 fn cgroup(root: &Path) -> Cgroup {
-    if root.join("cgroup.controllers").exists() {
-        Cgroup::V2
-    } else if rustix::fs::accessat(
-        rustix::fs::CWD,
-        root.join("memory"),
-        rustix::fs::Access::EXISTS,
-        AtFlags::empty(),
-    )
-    .is_ok()
-    {
-        Cgroup::V1
-    } else {
-        Cgroup::None
+    match fs::read_to_string(root.join("cgroup.controllers")) {
+        Ok(controllers) => Cgroup::V2 {
+            controllers: controllers.trim().to_owned(),
+        },
+        Err(_) if root.join("memory").exists() => Cgroup::V1,
+        Err(_) => Cgroup::None,
     }
 }
 
@@ -145,8 +141,13 @@ mod tests {
         assert_eq!(cgroup(dir.path()), Cgroup::None);
         fs::create_dir(dir.path().join("memory")).unwrap();
         assert_eq!(cgroup(dir.path()), Cgroup::V1);
-        fs::write(dir.path().join("cgroup.controllers"), "cpu").unwrap();
-        assert_eq!(cgroup(dir.path()), Cgroup::V2);
+        fs::write(dir.path().join("cgroup.controllers"), "cpu\n").unwrap();
+        assert_eq!(
+            cgroup(dir.path()),
+            Cgroup::V2 {
+                controllers: "cpu".into()
+            }
+        );
     }
 
     #[test]
