@@ -2,7 +2,7 @@
 
 use std::{fs, io, os::fd::AsFd, path::PathBuf, process::ExitCode};
 
-use oci_spec::runtime::{Capabilities, Process, Spec};
+use oci_spec::runtime::{Capabilities, Capability, Process, Spec};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -78,7 +78,7 @@ fn exec(args: &Exec, context: &Context) -> Result<ExitCode, ExecCommandError> {
     let dir = StateDir::open(&context.root, &id)?;
     let state = dir.state()?;
     match state.status {
-        Status::Stopped => return Err(invalid("cannot exec a container that has stopped")),
+        Status::Stopped => return Err(invalid("cannot exec in a stopped container")),
         Status::Paused if !args.ignore_paused => {
             return Err(invalid(
                 "cannot exec in a paused container (use --ignore-paused to override)",
@@ -91,7 +91,17 @@ fn exec(args: &Exec, context: &Context) -> Result<ExitCode, ExecCommandError> {
     }
     let mut process = match &args.process {
         Some(path) => read_json(path)?,
-        None => from_command_line(args, read_json::<Spec>(&state.bundle.join("config.json"))?)?,
+        None => {
+            let spec = read_json::<Spec>(&state.bundle.join("config.json"))?;
+            let (process, unknown) = from_command_line(args, spec)?;
+            if !unknown.is_empty() {
+                let names = unknown.join(" ");
+                context.log.warning(&format!(
+                    "ignoring unknown or unavailable capabilities: [{names}]"
+                ));
+            }
+            process
+        }
     };
     check(&process)?;
     let terminal = process.terminal().unwrap_or(false);
@@ -179,7 +189,10 @@ fn detached(
 }
 
 /// The container's own process object with what the command line changes, as runc builds it.
-fn from_command_line(args: &Exec, mut spec: Spec) -> Result<Process, ExecCommandError> {
+fn from_command_line(
+    args: &Exec,
+    mut spec: Spec,
+) -> Result<(Process, Vec<String>), ExecCommandError> {
     if args.command().is_empty() {
         return Err(invalid("process args cannot be empty"));
     }
@@ -205,7 +218,7 @@ fn from_command_line(args: &Exec, mut spec: Spec) -> Result<Process, ExecCommand
     let mut env = process.env().clone().unwrap_or_default();
     env.extend(args.env.iter().cloned());
     process.set_env(Some(env));
-    add_capabilities(&mut process, &args.cap)?;
+    let unknown = add_capabilities(&mut process, &args.cap);
     let mut user = process.user().clone();
     if let Some(text) = &args.user {
         let (uid, gid) = parse_user(text)?;
@@ -220,20 +233,21 @@ fn from_command_line(args: &Exec, mut spec: Spec) -> Result<Process, ExecCommand
         user.set_additional_gids(Some(gids));
     }
     process.set_user(user);
-    Ok(process)
+    Ok((process, unknown))
 }
 
-fn add_capabilities(process: &mut Process, names: &[String]) -> Result<(), ExecCommandError> {
-    if names.is_empty() {
-        return Ok(());
-    }
-    let added: Capabilities = names
+/// Adds capabilities to all sets; answers the names that mean nothing, which runc ignores as well.
+fn add_capabilities(process: &mut Process, names: &[String]) -> Vec<String> {
+    let known = |name: &String| serde_json::from_value::<Capability>(name.clone().into()).ok();
+    let added: Capabilities = names.iter().filter_map(known).collect();
+    let unknown = names
         .iter()
-        .map(|name| {
-            serde_json::from_value(name.clone().into())
-                .map_err(|_| invalid(&format!("unknown capability {name:?}")))
-        })
-        .collect::<Result<_, _>>()?;
+        .filter(|name| known(name).is_none())
+        .cloned()
+        .collect();
+    if added.is_empty() {
+        return unknown;
+    }
     let mut all = process.capabilities().clone().unwrap_or_default();
     let with = |set: &Option<Capabilities>| {
         let mut set = set.clone().unwrap_or_default();
@@ -248,7 +262,7 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<(), ExecC
         .set_inheritable(inheritable);
     all.set_permitted(permitted).set_ambient(ambient);
     process.set_capabilities(Some(all));
-    Ok(())
+    unknown
 }
 
 fn parse_user(text: &str) -> Result<(u32, Option<u32>), ExecCommandError> {
@@ -322,7 +336,12 @@ mod tests {
             },
         }))
         .unwrap();
-        let process = from_command_line(&args, spec).map_err(|error| error.to_string())?;
+        let (process, unknown) =
+            from_command_line(&args, spec).map_err(|error| error.to_string())?;
+        assert_eq!(
+            unknown.len(),
+            args.cap.iter().filter(|name| name.contains("NOPE")).count()
+        );
         Ok(serde_json::to_value(process).unwrap())
     }
 
@@ -341,7 +360,7 @@ mod tests {
     #[test]
     fn the_command_line_changes_it() {
         let process = built(
-            "caisson exec -t -e B=2 --user 7:8 -g 9 --cwd /x --no-new-privs --cap CAP_NET_RAW c sh",
+            "caisson exec -t -e B=2 --user 7:8 -g 9 --cwd /x --no-new-privs --cap CAP_NET_RAW --cap CAP_NOPE c sh",
         )
         .unwrap();
         assert_eq!(process["terminal"], true);
@@ -366,7 +385,6 @@ mod tests {
             built("caisson exec -u root c ls").unwrap_err(),
             "parsing root as int for uid failed"
         );
-        assert!(built("caisson exec --cap CAP_NOPE c ls").is_err());
     }
 
     #[test]

@@ -80,7 +80,15 @@ async fn exec(
     let process_id = request.process_id.clone();
     let Started { pid, streams } = match sandbox.exec(id, request).await {
         Ok(started) => started,
-        Err(error) => return reply(&packets, &Answer::Failed(in_words(&error)), &[]).await,
+        Err(error) => {
+            let words = match &error {
+                SandboxError::Agent(_) => {
+                    format!("unable to start container process: {}", in_words(&error))
+                }
+                _ => in_words(&error),
+            };
+            return reply(&packets, &Answer::Failed(words), &[]).await;
+        }
     };
     reply(&packets, &Answer::Started { pid }, &borrowed(&streams)).await;
     // The command holds its own copies: with these gone, its end is the streams' end.
@@ -162,7 +170,7 @@ fn in_words(error: &SandboxError) -> String {
         (Event::Start, Status::Running) => "cannot start an already running container".into(),
         (Event::Start, from) => format!("cannot start a container in the {from} state"),
         (Event::Signal, _) => "container not running".into(),
-        (Event::Exec, Status::Stopped) => "cannot exec a container that has stopped".into(),
+        (Event::Exec, Status::Stopped) => "cannot exec in a stopped container".into(),
         (Event::Exec, Status::Paused) => {
             "cannot exec in a paused container (use --ignore-paused to override)".into()
         }

@@ -275,6 +275,10 @@ impl Owner {
         {
             return answer(reply, Err(error));
         }
+        // Number 0 asks whether there is somebody to signal; see kill(2).
+        if signal == 0 {
+            return answer(reply, Ok(()));
+        }
         let agent = self.agent.clone();
         let outbox = self.outbox.clone();
         let deadly = signal == rustix::process::Signal::KILL.as_raw();
