@@ -30,7 +30,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 /// The disk that holds the lab's root, and the empty one for the tests' files.
 const ROOT_DISK: &str = "/dev/nvme0n1";
-const SCRATCH_DISK: &str = "/dev/nvme1n1";
+const SCRATCH_DISK: &str = "/dev/nvme0n2";
 
 /// File systems of the lab: source, target, type, data.
 const MOUNTS: &[(&str, &str, &str, &str)] = &[

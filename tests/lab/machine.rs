@@ -130,14 +130,16 @@ impl Machine {
         }
         qemu.arg("-serial")
             .arg(format!("file:{}", state.join("console").display()));
-        for (id, disk) in [("root", root), ("scratch", scratch)] {
+        // One controller for both: the kernel probes controllers in parallel and numbers them as they answer.
+        qemu.args(["-device", "nvme,serial=lab"]);
+        for (number, disk) in [(1, root), (2, scratch)] {
             let file = disk.display();
-            let drive = format!("if=none,id={id},format=raw,file={file},snapshot=on,cache=unsafe");
+            let drive =
+                format!("if=none,id=disk{number},format=raw,file={file},snapshot=on,cache=unsafe");
+            qemu.args(["-drive", &drive]);
             qemu.args([
-                "-drive",
-                &drive,
                 "-device",
-                &format!("nvme,drive={id},serial={id}"),
+                &format!("nvme-ns,drive=disk{number},nsid={number}"),
             ]);
         }
 
