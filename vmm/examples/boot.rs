@@ -1,7 +1,7 @@
 //! Boots a kernel and an initramfs in the VMM and prints what it says: a small owner of a sandbox, for trying things
 //! out and for measuring. Needs `/dev/kvm`.
 //!
-//! `boot VMM KERNEL INITRAMFS [vcpus=N] [mem=MIB] [share=TAG:DIR] [console] [huge=0] [deadline=MS] [words=...]`
+//! `boot VMM KERNEL INITRAMFS [vcpus=N] [mem=MIB] [share=TAG:DIR] [net=TAP] [disk=FILE] [console] [huge=0] [deadline=MS] [words=...]`
 //!
 //! Connections of the guest to port 1 are printed; to port 2, echoed; to port 3, swallowed and counted; from port 4, a
 //! GiB of a known pattern is sent to the guest; other ports are refused. `counters` are printed at the end.
@@ -12,11 +12,14 @@ use std::io::{self, IoSliceMut, PipeWriter, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode};
 use std::time::Instant;
 
-use caisson_vmm_spec::{Event, Fd, MemorySpec, MiB, Request, SPEC_FD, ShareSpec, VmSpec};
+use caisson_vmm_spec::{
+    DiskSpec, Event, Fd, MemorySpec, MiB, NetworkSpec, Request, SPEC_FD, ShareSpec, VmSpec,
+};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
@@ -63,6 +66,21 @@ fn main() -> Result<ExitCode> {
         spec.shares.push(ShareSpec {
             tag: tag.to_owned(),
             root,
+        });
+    }
+    if let Some(name) = option("net=") {
+        spec.networks.push(NetworkSpec {
+            tap: files.add(tap(name)?)?,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+        });
+    }
+    if let Some(path) = option("disk=") {
+        let file = File::options().read(true).write(true).open(path)?;
+        spec.disks.push(DiskSpec {
+            file: files.add(file.into())?,
+            read_only: false,
+            serial: "boot-disk".into(),
         });
     }
     let start = Instant::now();
@@ -127,6 +145,27 @@ impl Files {
         self.spec.write_all(&serde_json::to_vec(spec)?)?;
         Ok(Command::new(vmm).spawn()?)
     }
+}
+
+/// Attaches to the tap of that name.
+#[allow(unsafe_code, reason = "TUNSETIFF has no safe wrapper")]
+fn tap(name: &str) -> Result<OwnedFd> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // `struct ifreq`: 16 bytes of name, 2 of flags, the rest of the union.
+    let mut request = [0u8; 40];
+    request[..name.len().min(15)].copy_from_slice(&name.as_bytes()[..name.len().min(15)]);
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request[16..18].copy_from_slice(&flags.to_le_bytes()[..2]);
+    // SAFETY: TUNSETIFF reads and writes a `struct ifreq` of 40 bytes, which `request` is.
+    let returned = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+    if returned < 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    Ok(file.into())
 }
 
 fn receive(socket: &OwnedFd) -> Result<Option<(Event, Option<OwnedFd>)>> {
