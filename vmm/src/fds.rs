@@ -101,7 +101,10 @@ mod tests {
     #[test]
     fn a_descriptor_is_taken_once_and_only_if_it_is_open() {
         let mut inherited = Inherited::default();
-        let fd = File::open("/dev/null").unwrap().into_raw_fd();
+        let file = File::open("/dev/null").unwrap();
+        let fd = rustix::io::fcntl_dupfd_cloexec(&file, SPEC_FD + 1)
+            .unwrap()
+            .into_raw_fd();
         assert_eq!(
             inherited.take("x", Fd(2)).unwrap_err(),
             FdError::Reserved { what: "x", fd: 2 }

@@ -168,7 +168,7 @@ impl Queue {
     }
 
     /// Starts a new turn; `true` if the last one ended with chains possibly left.
-    pub(super) fn new_turn(&mut self) -> bool {
+    pub(crate) fn new_turn(&mut self) -> bool {
         let exhausted = self.left == 0;
         self.left = TURN;
         exhausted

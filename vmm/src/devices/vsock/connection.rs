@@ -79,6 +79,7 @@ pub struct Connection {
     forwarded: u32,
     buffer: VecDeque<u8>,
     guest_done: bool,
+    told_host: bool,
     host_deaf: bool,
 
     /// Host to guest.
@@ -126,6 +127,7 @@ impl Connection {
             forwarded: 0,
             buffer: VecDeque::new(),
             guest_done: false,
+            told_host: false,
             host_deaf: false,
             outward: Credit::default(),
             readable: false,
@@ -245,7 +247,10 @@ impl Connection {
         if self.guest_deaf {
             return After::Reset; // 5.10.6.5: the answer to a full shutdown
         }
-        let _ = self.socket.shutdown(Shutdown::Write);
+        // Once only: it wakes this socket's own watch.
+        if !std::mem::replace(&mut self.told_host, true) {
+            let _ = self.socket.shutdown(Shutdown::Write);
+        }
         After::Keep
     }
 

@@ -178,6 +178,18 @@ pub(super) fn from_guest(header: &Header) -> [u8; HEADER_BYTES] {
     raw
 }
 
+/// A packet as a guest reads it; for tests.
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "for tests: a failure is a failed test")]
+pub(super) fn to_guest(raw: &[u8; HEADER_BYTES]) -> Header {
+    let mut turned = *raw;
+    turned[0..8].copy_from_slice(&raw[8..16]);
+    turned[8..16].copy_from_slice(&raw[0..8]);
+    turned[16..20].copy_from_slice(&raw[20..24]);
+    turned[20..24].copy_from_slice(&raw[16..20]);
+    Header::parse(&turned).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
