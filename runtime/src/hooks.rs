@@ -1,8 +1,9 @@
 //! Hooks of the host's side: programs of the container's owner, run at fixed moments with the state on stdin.
 //!
-//! Contract: hooks of a list run one after the other, in the caller's namespaces and in the bundle's directory,
-//! with exactly the environment that the specification gives them, or the caller's if it gives none (as runc). `prestart` and `createRuntime`: the first failure ends the list and fails the
-//! operation ([`run`]). `poststart` and `poststop`: every hook runs, failures are warnings ([`run_all`]).
+//! Contract: hooks of a list run one after the other, in the caller's namespaces and in the bundle's directory, with
+//! exactly the environment that the specification gives them, or the caller's if it gives none (as runc).
+//! `prestart`, `createRuntime` and `poststart`: the first failure ends the list and the container ([`run`]).
+//! `poststop`: every hook runs, failures are warnings ([`run_all`]).
 //! A hook that outlives its timeout is killed. Blocks its thread; nothing is polled for.
 //! The hook's standard streams are memory files, so it can neither block on a full pipe nor keep the caller waiting
 //! with a background process that holds one.

@@ -29,7 +29,7 @@ use crate::{
 pub(super) fn run(args: &Run, context: &Context) -> Result<ExitCode, CommandError> {
     if args.detach {
         let launched = launch(context, &args.launch, true, true)?;
-        start::after_start(context, &launched.id)?;
+        start::after_run(context, &launched.id)?;
         return Ok(ExitCode::SUCCESS);
     }
     foreground(args, context)
@@ -44,7 +44,7 @@ fn foreground(args: &Run, context: &Context) -> Result<ExitCode, CommandError> {
         Signals::catch().map_err(failed("catch signals"))?
     };
     let launched = launch(context, &args.launch, false, true)?;
-    start::after_start(context, &launched.id)?;
+    start::after_run(context, &launched.id)?;
     let Launched { id, monitor, raw } = launched;
     let (mut child, socket) = monitor.into_parts();
     let status = runtime

@@ -2,21 +2,24 @@
 
 use std::process::ExitCode;
 
-use super::Context;
+use oci_spec::runtime::Hook;
+
+use super::{Context, delete};
 use crate::{
     cli::Start,
     control::{Control, Request},
-    error::{self, CommandError},
+    error::CommandError,
     hooks,
     monitor::{HostHooks, hook_state},
-    state::{ContainerId, StateDir, Status},
+    state::{ContainerId, State, StateDir, StateError, Status},
 };
 
 /// Lets a created container's program run.
 pub(super) fn run(args: &Start, context: &Context) -> Result<ExitCode, CommandError> {
     let id = ContainerId::parse(&args.id)?;
     let dir = StateDir::open(&context.root, &id)?;
-    match dir.state()?.status {
+    let state = dir.state()?;
+    match state.status {
         Status::Created => {}
         Status::Stopped => {
             return Err(CommandError::Refused(
@@ -33,25 +36,44 @@ pub(super) fn run(args: &Start, context: &Context) -> Result<ExitCode, CommandEr
             return Err(CommandError::Refused(text));
         }
     }
+    // Read before the order: a short-lived container may be deleted before the answer is here.
+    let hooks = poststart_hooks(&dir)?;
     Control::connect(dir.path())?.order(&Request::Start)?;
-    after_start(context, &id)?;
+    after_start(context, dir, &state, &hooks)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the hooks of the moment after `start`. What fails in them is a warning: the container runs.
-pub(super) fn after_start(context: &Context, id: &ContainerId) -> Result<(), CommandError> {
-    let dir = StateDir::open(&context.root, id)?;
+/// The same after `run`, which orders the start with the creation.
+pub(super) fn after_run(context: &Context, id: &ContainerId) -> Result<(), CommandError> {
+    let dir = match StateDir::open(&context.root, id) {
+        // Its end was quicker, and somebody has deleted it.
+        Err(StateError::NotFound) => return Ok(()),
+        other => other?,
+    };
+    let (state, hooks) = (dir.state()?, poststart_hooks(&dir)?);
+    after_start(context, dir, &state, &hooks)
+}
+
+fn poststart_hooks(dir: &StateDir) -> Result<Vec<Hook>, CommandError> {
     let lists = HostHooks::load(dir.path()).map_err(|source| CommandError::Hooks {
         path: dir.path().to_owned(),
         source,
     })?;
-    if lists.poststart.is_empty() {
+    Ok(lists.poststart)
+}
+
+/// Runs the hooks of the moment after `start`. The first that fails is the end of the container.
+fn after_start(
+    context: &Context,
+    dir: StateDir,
+    state: &State,
+    hooks: &[Hook],
+) -> Result<(), CommandError> {
+    let told = hook_state(state, Status::Running);
+    let Err(failure) = hooks::run("poststart", hooks, &told, &state.bundle) else {
         return Ok(());
-    }
-    let state = dir.state()?;
-    let told = hook_state(&state, Status::Running);
-    for failure in hooks::run_all("poststart", &lists.poststart, &told, &state.bundle) {
-        context.log.warning(&error::message(&failure));
-    }
-    Ok(())
+    };
+    delete::kill_monitor(&dir, state)?;
+    delete::destroy(context, dir)?;
+    Err(failure.into())
 }
