@@ -366,7 +366,7 @@ fn execute(
     }
     let [stdin, stdout, stderr] = ends
         .streams
-        .map(|fd| fd.map_or_else(Stdio::null, |fd| Stdio::from(fd)));
+        .map(|fd| fd.map_or_else(Stdio::null, Stdio::from));
     // The reaper collects it: it is no different from any other child of PID 1.
     Command::new("/proc/self/exe")
         .arg(child::COMMAND)
