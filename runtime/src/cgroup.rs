@@ -9,7 +9,8 @@
 //! Spec: Linux, Documentation/admin-guide/cgroup-v2.rst; runc 1.1, libcontainer/cgroups/fs2.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     os::unix::fs::DirBuilderExt,
     path::{Component, Path, PathBuf},
     time::Duration,
@@ -30,8 +31,9 @@ pub use limits::HOST_OVERHEAD;
 /// Where the one hierarchy of cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Controllers that are handed down to a sandbox's cgroup, where the host has them.
-const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
+/// Controllers that are handed down to every sandbox's cgroup, where the host has them: they also count what it uses.
+/// `cpuset` counts nothing and its first user makes the kernel patch itself, so it is handed down only for a limit.
+const COUNTING: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// How long killed processes may take to leave a cgroup.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
@@ -129,8 +131,9 @@ impl HostCgroup {
             Some(path) => beside_own()?.join(below(path)?),
             None => beside_own()?.join(id.as_str()),
         };
-        let cgroup = Self::make_below(Path::new(ROOT), &relative)?;
-        cgroup.limit(&limits::of(spec, size))?;
+        let limits = limits::of(spec, size);
+        let cgroup = Self::make_below(Path::new(ROOT), &relative, &controllers(&limits))?;
+        cgroup.limit(&limits)?;
         Ok(cgroup)
     }
 
@@ -174,14 +177,14 @@ impl HostCgroup {
         remove_tree(&self.path).map_err(|source| self.failed("remove", source))
     }
 
-    fn make_below(root: &Path, relative: &Path) -> Result<Self, CgroupError> {
+    fn make_below(root: &Path, relative: &Path, controllers: &[&str]) -> Result<Self, CgroupError> {
         let mut cgroup = Self {
             path: root.to_owned(),
             made: Vec::new(),
         };
         for part in relative.components() {
             // Handing down is best effort: a controller that a limit needs and that is not there fails with the limit.
-            hand_down(&cgroup.path);
+            hand_down(&cgroup.path, controllers);
             cgroup.path.push(part);
             match fs::DirBuilder::new().mode(0o755).create(&cgroup.path) {
                 Ok(()) => cgroup.made.push(cgroup.path.clone()),
@@ -246,12 +249,7 @@ impl HostCgroup {
     }
 
     fn write(&self, file: &str, value: &str) -> io::Result<()> {
-        use io::Write;
-        // Not `fs::write`: a cgroup's files are neither made nor truncated.
-        fs::OpenOptions::new()
-            .write(true)
-            .open(self.path.join(file))?
-            .write_all(value.as_bytes())
+        write_existing(&self.path.join(file), value)
     }
 
     fn failed(&self, step: &'static str, source: io::Error) -> CgroupError {
@@ -332,23 +330,45 @@ fn populated(events: &str) -> bool {
     events.lines().any(|line| line == "populated 1")
 }
 
-fn hand_down(path: &Path) {
+/// The controllers that a cgroup with these limits needs.
+fn controllers(limits: &[limits::Limit]) -> Vec<&'static str> {
+    let mut all = COUNTING.to_vec();
+    let named = limits
+        .iter()
+        .filter_map(|limit| limit.file.split('.').next());
+    all.extend(named.filter(|name| !COUNTING.contains(name)));
+    all.dedup();
+    all
+}
+
+fn hand_down(path: &Path, wanted: &[&str]) {
     let file = path.join("cgroup.subtree_control");
     let Ok(has) = fs::read_to_string(path.join("cgroup.controllers")) else {
         return;
     };
     let down = fs::read_to_string(&file).unwrap_or_default();
-    for controller in missing(&has, &down) {
-        drop(fs::write(&file, format!("+{controller}")));
+    let missing = missing(wanted, &has, &down);
+    if !missing.is_empty() && write_existing(&file, &missing.concat()).is_err() {
+        // One that the kernel refuses must not keep the others from being handed down.
+        for controller in missing {
+            drop(write_existing(&file, &controller));
+        }
     }
 }
 
-/// Controllers that a cgroup has and does not hand down yet.
-fn missing<'a>(has: &'a str, down: &'a str) -> impl Iterator<Item = &'static str> + 'a {
-    CONTROLLERS.into_iter().filter(|name| {
-        has.split_whitespace().any(|word| word == *name)
-            && !down.split_whitespace().any(|word| word == *name)
-    })
+/// What to write for the controllers that a cgroup has and does not hand down yet.
+fn missing(wanted: &[&str], has: &str, down: &str) -> Vec<String> {
+    let is_in = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
+    let missing = wanted
+        .iter()
+        .filter(|name| is_in(has, name) && !is_in(down, name));
+    missing.map(|name| format!("+{name} ")).collect()
+}
+
+/// Not `fs::write`: a cgroup's files are neither made nor truncated, and take a value in one write.
+fn write_existing(file: &Path, value: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(file)?;
+    file.write_all(value.as_bytes())
 }
 
 /// Removes a cgroup and those below it. Their files go with them.
@@ -405,22 +425,39 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_there_and_missing_is_handed_down() {
-        let all: Vec<_> = missing("cpuset cpu io memory hugetlb pids\n", "memory\n").collect();
-        assert_eq!(all, ["cpu", "cpuset", "io", "pids"]);
-        assert_eq!(missing("", "").count(), 0);
+    fn only_what_is_wanted_there_and_missing_is_handed_down() {
+        let all = missing(&COUNTING, "cpuset cpu io memory hugetlb pids\n", "memory\n");
+        assert_eq!(all.concat(), "+cpu +io +pids ");
+        assert!(missing(&COUNTING, "", "").is_empty());
+    }
+
+    #[test]
+    fn a_limit_brings_its_controller() {
+        let limit = |file| limits::Limit {
+            file,
+            value: String::new(),
+        };
+        assert_eq!(
+            controllers(&[limit("memory.max"), limit("cpu.max")]),
+            COUNTING
+        );
+        let sets = [limit("cpuset.cpus"), limit("cpuset.mems")];
+        assert_eq!(
+            controllers(&sets),
+            ["cpu", "io", "memory", "pids", "cpuset"]
+        );
     }
 
     #[test]
     fn making_and_dropping_leaves_what_was_there_before() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("slice")).unwrap();
-        let cgroup = HostCgroup::make_below(root.path(), Path::new("slice/pod/c1")).unwrap();
+        let cgroup = HostCgroup::make_below(root.path(), Path::new("slice/pod/c1"), &[]).unwrap();
         assert_eq!(cgroup.path(), root.path().join("slice/pod/c1"));
         assert!(cgroup.path().is_dir());
         drop(cgroup);
         assert!(root.path().join("slice").is_dir() && !root.path().join("slice/pod").exists());
-        let kept = HostCgroup::make_below(root.path(), Path::new("slice/pod"))
+        let kept = HostCgroup::make_below(root.path(), Path::new("slice/pod"), &[])
             .unwrap()
             .keep();
         assert!(kept.is_dir());
@@ -432,17 +469,17 @@ mod tests {
         let taken = root.path().join("c1");
         fs::create_dir(&taken).unwrap();
         fs::write(taken.join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
-        let error = HostCgroup::make_below(root.path(), Path::new("c1")).unwrap_err();
+        let error = HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap_err();
         assert!(matches!(error, CgroupError::Populated { .. }));
         assert!(taken.exists());
         fs::write(taken.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
-        HostCgroup::make_below(root.path(), Path::new("c1")).unwrap();
+        HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap();
     }
 
     #[test]
     fn a_limit_that_cannot_be_written_is_named() {
         let root = tempfile::tempdir().unwrap();
-        let cgroup = HostCgroup::make_below(root.path(), Path::new("c1")).unwrap();
+        let cgroup = HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap();
         let limit = limits::Limit {
             file: "memory.max",
             value: "5".into(),
