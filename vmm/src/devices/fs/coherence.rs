@@ -1,16 +1,19 @@
 //! What the guest may keep in its caches, and for how long, so that it sees what others do to the share.
 //!
-//! Contract: as with runc, whoever else changes the share (the host, another sandbox) is seen by the guest's next
-//! system call on the path:
-//! - names are never trusted from a cache (entry time 0): each path walk asks for each component;
-//! - attributes of everything but directories are asked for again by each `stat` and each `read` (time 0; the guest
-//!   kernel then drops cached pages when size or modification time moved);
-//! - attributes of directories are good for one tick of the guest's clock (10 to 20 ms at 100 Hz). They were fetched
-//!   with the name just before, so this only spares the permission check a second question per path component;
+//! Contract: whoever else changes the share (the host, another sandbox) is seen by the guest as under runc, by asking the
+//! host again, except where that is too dear. A question is a round trip of some 70,000 instructions, and the guest's
+//! kernel asks for each component of a path, for each `fstat` and for each `read`. So:
+//! - names of files and symbolic links are never trusted from a cache, and neither is their absence: a path leads to
+//!   what is there now, with its size and times as they are now;
+//! - what has been quiet for [`SETTLED`] may be believed for one tick of the guest's clock (10 to 20 ms at 100 Hz): the
+//!   attributes of a file, the attributes and the name of a directory. Within that time a descriptor that is open
+//!   already may read the old length of a file that starts to change, and a path may lead through a directory that is
+//!   being moved away. What did change in the last seconds is asked for again each time;
 //! - cached pages survive an `open` (`KEEP_CACHE`) only if the file's status change time is the one that the guest's
-//!   pages were known to match, and lies at least [`SETTLED`] in the past: status change time cannot be set back, and
-//!   a change within the clock's granularity of the last one would not show in it. Without this the kernel throws the
-//!   pages of libc away, also those mapped by running programs, each time some process opens it;
+//!   pages were known to match, and is settled: it cannot be set back, and a change within the clock's granularity of
+//!   the last one would not show in it. Pages are also dropped whenever the guest learns of another size or time of
+//!   modification. Without this the kernel would throw the pages of libc away, also those mapped by running programs,
+//!   each time some process opens it;
 //! - the guest never delays writes (no writeback cache): `write` returns when the host's file has the data. Pages
 //!   written through a shared mapping reach the host at `msync`, at `close` and by the guest's own flusher.
 //!
@@ -22,7 +25,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The shortest time that the guest kernel rounds up to a tick instead of down to nothing.
-pub(super) const ONE_TICK: Duration = Duration::from_nanos(1);
+const ONE_TICK: Duration = Duration::from_nanos(1);
 
 /// How old a change must be before a further change is sure to carry another time: more than the granularity of any
 /// common file system's times.
@@ -83,6 +86,20 @@ impl Coherence {
     pub(super) fn moved(&self, node: u64) {
         self.with(node, |slot| slot[2] = 0);
     }
+}
+
+/// How long the guest may believe what it is told about something that changed at `changed`.
+pub(super) fn lifetime(changed: ChangeTime, now: ChangeTime) -> Duration {
+    if is_settled(changed, now) {
+        ONE_TICK
+    } else {
+        Duration::ZERO
+    }
+}
+
+fn is_settled(changed: ChangeTime, now: ChangeTime) -> bool {
+    now.checked_sub(changed)
+        .is_some_and(|age| age >= nanos(SETTLED))
 }
 
 fn nanos(duration: Duration) -> ChangeTime {
@@ -154,6 +171,13 @@ mod tests {
         assert_eq!(coherence.open(other, 200 * SECOND), None);
         coherence.told(7, 100 * SECOND);
         assert_eq!(coherence.open(7, 200 * SECOND), None);
+    }
+
+    #[test]
+    fn only_what_is_quiet_is_believed_for_a_tick() {
+        assert_eq!(lifetime(100 * SECOND, 102 * SECOND), ONE_TICK);
+        assert_eq!(lifetime(100 * SECOND, 102 * SECOND - 1), Duration::ZERO);
+        assert_eq!(lifetime(100 * SECOND, 50 * SECOND), Duration::ZERO);
     }
 
     #[test]

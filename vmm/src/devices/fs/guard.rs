@@ -25,7 +25,8 @@ use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::Id;
 
-use super::coherence::{Coherence, ONE_TICK, change_time, now};
+use super::coherence::{Coherence, change_time, lifetime, now};
+use super::pins::Pins;
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
@@ -37,6 +38,7 @@ pub(super) struct Guard(Arc<Guarded>);
 struct Guarded {
     fs: PassthroughFs,
     coherence: Coherence,
+    pins: Pins,
 }
 
 impl Guard {
@@ -45,20 +47,41 @@ impl Guard {
         Self(Arc::new(Guarded {
             fs,
             coherence: Coherence::new(),
+            pins: Pins::default(),
         }))
     }
 
     /// Remembers what the guest learns from an entry, and sets how long it may believe it.
     fn entry(&self, mut entry: Entry) -> Entry {
-        self.0.coherence.told(entry.inode, changed(&entry.attr));
-        entry.attr_timeout = attribute_time(&entry.attr);
-        entry.entry_timeout = Duration::ZERO;
+        (entry.attr, entry.attr_timeout) = self.attributes(entry.inode, entry.attr);
+        let directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
+        entry.entry_timeout = if directory {
+            entry.attr_timeout
+        } else {
+            Duration::ZERO
+        };
         entry
     }
 
     fn attributes(&self, inode: Inode, attr: Attr) -> (Attr, Duration) {
-        self.0.coherence.told(inode, changed(&attr));
-        (attr, attribute_time(&attr))
+        let changed = changed(&attr);
+        self.0.coherence.told(inode, changed);
+        (attr, lifetime(changed, now()))
+    }
+
+    /// Does what may remove `name`.
+    fn removing(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        act: impl FnOnce(&PassthroughFs) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let Guarded { fs, pins, .. } = &*self.0;
+        let victim = pins.hold(fs, ctx, parent, name);
+        let done = act(fs);
+        pins.settle(fs, ctx, victim, done.is_ok());
+        done
     }
 
     fn open_options(&self, ctx: Context, inode: Inode, flags: u32) -> OpenOptions {
@@ -85,14 +108,6 @@ const FLAG_DIRECT: u32 = libc::O_DIRECT.cast_unsigned();
 
 fn changed(attr: &Attr) -> u64 {
     change_time(attr.ctime, attr.ctimensec)
-}
-
-fn attribute_time(attr: &Attr) -> Duration {
-    if attr.mode & libc::S_IFMT == libc::S_IFDIR {
-        ONE_TICK
-    } else {
-        Duration::ZERO
-    }
 }
 
 /// Refuses everything that is not one plain path component.
@@ -133,11 +148,13 @@ impl FileSystem for Guard {
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
+        self.0.pins.clear(); // as `init` of virtiofsd forgets everything
         self.0.fs.init(capable)
     }
 
     fn destroy(&self) {
         self.0.fs.destroy();
+        self.0.pins.clear();
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
@@ -150,10 +167,13 @@ impl FileSystem for Guard {
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
         self.0.fs.forget(ctx, inode, count);
+        self.0.pins.forgotten(&self.0.fs, ctx, inode);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
-        self.0.fs.batch_forget(ctx, requests);
+        for (inode, count) in requests {
+            self.forget(ctx, inode, count);
+        }
     }
 
     fn getattr(
@@ -234,12 +254,12 @@ impl FileSystem for Guard {
 
     fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
         component(name)?;
-        self.0.fs.unlink(ctx, parent, name)
+        self.removing(ctx, parent, name, |fs| fs.unlink(ctx, parent, name))
     }
 
     fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
         component(name)?;
-        self.0.fs.rmdir(ctx, parent, name)
+        self.removing(ctx, parent, name, |fs| fs.rmdir(ctx, parent, name))
     }
 
     fn rename(
@@ -253,9 +273,12 @@ impl FileSystem for Guard {
     ) -> io::Result<()> {
         component(old_name)?;
         component(new_name)?;
-        self.0
-            .fs
-            .rename(ctx, old_parent, old_name, new_parent, new_name, flags)
+        let rename =
+            |fs: &PassthroughFs| fs.rename(ctx, old_parent, old_name, new_parent, new_name, flags);
+        if flags & (libc::RENAME_EXCHANGE | libc::RENAME_NOREPLACE) != 0 {
+            return rename(&self.0.fs); // removes nothing
+        }
+        self.removing(ctx, new_parent, new_name, rename)
     }
 
     fn link(

@@ -5,6 +5,7 @@
 //! | `server.rs` | the seam: a chain in, a reply length out; virtiofsd behind it |
 //! | `guard.rs` | the checks in front of virtiofsd's file system |
 //! | `coherence.rs` | what the guest may cache |
+//! | `pins.rs` | removed files that are still in use |
 //! | `wire.rs` | messages without a reply |
 //! | `thread.rs` | what a serving thread must be |
 //! | `view.rs` | guest memory under virtiofsd's type (`unsafe`) |
@@ -18,6 +19,7 @@
 
 mod coherence;
 mod guard;
+mod pins;
 mod server;
 mod thread;
 mod view;

@@ -222,11 +222,10 @@ fn what_the_host_changes_is_seen_by_the_next_request() {
         assert_eq!(guest.lookup(ROOT, b"inside.txt").unwrap_err(), libc::ENOENT);
         fs::create_dir(guest.share.join("dir")).unwrap();
         let (_, entry) = guest.lookup(ROOT, b"dir").unwrap();
-        assert_eq!(u64_at(&entry, 16), 0);
         assert_eq!(
-            (u32_at(&entry, 32), u32_at(&entry, 36)),
-            (0, 1),
-            "a tick for attributes only"
+            &entry[16..40],
+            &[0; 24],
+            "a directory that just changed is not cached"
         );
     });
 }
@@ -442,6 +441,63 @@ fn rename_flags_sparse_files_and_attributes_work() {
         } else {
             println!("the file system of the test's directory has no user attributes");
         }
+    });
+}
+
+#[test]
+fn a_removed_file_lives_until_the_guest_forgets_it() {
+    guest(|guest| {
+        guest.init();
+        fs::create_dir(guest.share.join("dir")).unwrap();
+        fs::write(guest.share.join("new"), "new").unwrap();
+        fs::write(guest.share.join("twice"), "twice").unwrap();
+        fs::hard_link(guest.share.join("twice"), guest.share.join("again")).unwrap();
+        let names: [&[u8]; 3] = [b"inside.txt", b"dir", b"twice"];
+        let [file, dir, twice] = names.map(|name| guest.lookup(ROOT, name).unwrap().0);
+        let over = [longs(&[ROOT]), b"new\0inside.txt\0".to_vec()].concat();
+        assert_eq!(guest.call(RENAME, ROOT, &[&over]).0, 0);
+        assert_eq!(guest.call(RMDIR, ROOT, &[b"dir\0"]).0, 0);
+        assert_eq!(guest.call(UNLINK, ROOT, &[b"twice\0"]).0, 0);
+        assert_eq!(
+            guest.open_files(),
+            2,
+            "one for each that lost its last name"
+        );
+        let (handle, _) = guest.open(file, libc::O_RDONLY);
+        let (error, data) = guest.read(file, handle, 0, 8192);
+        assert_eq!((error, data.len()), (0, 20));
+        assert_eq!(guest.call(GETATTR, dir, &[&[0; 16]]).0, 0);
+        assert_eq!(guest.lookup(dir, b"x").unwrap_err(), libc::ENOENT);
+        for node in [file, dir, twice] {
+            guest.driver.rewind();
+            guest
+                .driver
+                .offer(&[&message(FORGET, node, &[&longs(&[1])])], &[]);
+            let chain = guest.driver.pop().unwrap().unwrap();
+            guest.server.forget(&chain).unwrap();
+            assert_eq!(guest.call(GETATTR, node, &[&[0; 16]]).0, -libc::EBADF);
+        }
+        assert_eq!(guest.open_files(), 1, "the one that the guest has open");
+    });
+}
+
+#[test]
+fn a_refused_removal_keeps_nothing_open() {
+    guest(|guest| {
+        guest.init();
+        fs::create_dir(guest.share.join("dir")).unwrap();
+        fs::write(guest.share.join("dir/file"), "").unwrap();
+        assert_eq!(guest.call(RMDIR, ROOT, &[b"dir\0"]).0, -libc::ENOTEMPTY);
+        assert_eq!(guest.call(UNLINK, ROOT, &[b"dir\0"]).0, -libc::EISDIR);
+        assert_eq!(guest.call(UNLINK, ROOT, &[b"none\0"]).0, -libc::ENOENT);
+        let over = [longs(&[ROOT]), b"inside.txt\0dir\0".to_vec()].concat();
+        assert_eq!(guest.call(RENAME, ROOT, &[&over]).0, -libc::EISDIR);
+        assert_eq!(guest.open_files(), 0);
+        assert_eq!(
+            guest.call(GETATTR, 2, &[&[0; 16]]).0,
+            -libc::EBADF,
+            "and nothing known"
+        );
     });
 }
 
