@@ -19,7 +19,7 @@ use rustix::fs::{
     open, readlink, seek,
 };
 use rustix::io::{Errno, pread};
-use rustix::process::chdir;
+use rustix::process::{chdir, fchdir};
 
 use crate::{Omit, Part, escaped, plan};
 
@@ -52,143 +52,151 @@ fn at(step: &'static str, path: &[u8]) -> impl FnOnce(Errno) -> ManifestError {
 
 /// What `getdents` said about an entry.
 struct Listed {
-    path: Vec<u8>,
+    name: Vec<u8>,
     kind: FileType,
     ino: u64,
 }
 
-/// Prints the manifest of `dir`, which becomes the current directory.
+/// An entry with all of its line but the path and the links.
+struct Found {
+    path: Vec<u8>,
+    stat: Stat,
+    rest: String,
+}
+
+/// Prints the manifest of `dir`.
 pub(crate) fn print(dir: &Path, omit: &Omit, out: &mut impl Write) -> Result<(), ManifestError> {
-    chdir(dir).map_err(at("change to", dir.as_os_str().as_encoded_bytes()))?;
-    let mut found: Vec<(Listed, Stat)> = Vec::new();
+    let name = dir.as_os_str().as_encoded_bytes();
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = open(dir, flags, Mode::empty()).map_err(at("open", name))?;
+    let mut found: Vec<Found> = Vec::new();
     let mut unread = vec![Vec::new()];
     while let Some(directory) = unread.pop() {
+        // Each directory becomes the current one, so that no call walks more than one name.
+        fchdir(&root).map_err(at("change to the root above", &directory))?;
+        if !directory.is_empty() {
+            chdir(&directory[..]).map_err(at("change to", &directory))?;
+        }
         for listed in list(&directory)? {
-            let stat = lstat(&listed.path[..]).map_err(at("lstat", &listed.path))?;
+            let name = &listed.name[..];
+            let path = if directory.is_empty() {
+                listed.name.clone()
+            } else {
+                [&directory[..], b"/", name].concat()
+            };
+            let stat = lstat(name).map_err(at("lstat", &path))?;
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-                unread.push(listed.path.clone());
+                unread.push(path.clone());
             }
-            found.push((listed, stat));
+            let rest = rest(&listed, &path, &stat, omit)?;
+            found.push(Found { path, stat, rest });
         }
     }
-    found.sort_by(|left, right| left.0.path.cmp(&right.0.path));
+    found.sort_by(|left, right| left.path.cmp(&right.path));
     let mut groups: HashMap<(u64, u64), String> = HashMap::new();
-    for (listed, stat) in &found {
+    for entry in found.iter().filter(|entry| is_listed(&entry.stat, omit)) {
+        let (path, stat) = (escaped(&entry.path), &entry.stat);
         let kind = FileType::from_raw_mode(stat.st_mode);
-        let hidden = match kind {
-            FileType::CharacterDevice | FileType::BlockDevice => omit.has(Part::Devices),
-            FileType::Socket => omit.has(Part::Sockets),
-            _ => false,
-        };
-        if hidden {
-            continue;
+        let mut start = format!("{path} {} {:04o}", letter(kind), stat.st_mode & 0o7777);
+        if !omit.has(Part::Owners) {
+            append(&mut start, &format!("{}:{}", stat.st_uid, stat.st_gid));
         }
-        let first = groups
-            .entry((stat.st_dev, stat.st_ino))
-            .or_insert_with(|| escaped(&listed.path));
-        let text = line(listed, stat, first, omit)?;
-        writeln!(out, "{text}").map_err(ManifestError::Write)?;
+        if kind != FileType::Directory || !omit.has(Part::DirectoryLinks) {
+            append(&mut start, &format!("links={}", stat.st_nlink));
+        }
+        if kind != FileType::Directory && stat.st_nlink > 1 {
+            let first = groups.entry((stat.st_dev, stat.st_ino)).or_insert(path);
+            start.push('@');
+            start.push_str(first);
+        }
+        writeln!(out, "{start}{}", entry.rest).map_err(ManifestError::Write)?;
     }
     out.flush().map_err(ManifestError::Write)
 }
 
-/// The entries of a directory, by paths relative to the root of the tree.
+fn is_listed(stat: &Stat, omit: &Omit) -> bool {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::CharacterDevice | FileType::BlockDevice => !omit.has(Part::Devices),
+        FileType::Socket => !omit.has(Part::Sockets),
+        _ => true,
+    }
+}
+
+/// The names in the current directory.
 fn list(directory: &[u8]) -> Result<Vec<Listed>, ManifestError> {
-    let name = if directory.is_empty() {
-        b"."
-    } else {
-        directory
-    };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let opened = open(name, flags, Mode::empty()).map_err(at("open", name))?;
+    let opened = open(".", flags, Mode::empty()).map_err(at("open", directory))?;
     let mut buffer = vec![MaybeUninit::uninit(); 32 << 10];
     let mut entries = RawDir::new(&opened, &mut buffer);
     let mut listed = Vec::new();
     while let Some(entry) = entries.next() {
-        let entry = entry.map_err(at("list", name))?;
-        let bytes = entry.file_name().to_bytes();
-        if bytes == b"." || bytes == b".." {
-            continue;
+        let entry = entry.map_err(at("list", directory))?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            let (kind, ino) = (entry.file_type(), entry.ino());
+            listed.push(Listed {
+                name: name.to_vec(),
+                kind,
+                ino,
+            });
         }
-        let path = if directory.is_empty() {
-            bytes.to_vec()
-        } else {
-            [directory, b"/", bytes].concat()
-        };
-        listed.push(Listed {
-            path,
-            kind: entry.file_type(),
-            ino: entry.ino(),
-        });
     }
     Ok(listed)
 }
 
-fn line(listed: &Listed, stat: &Stat, first: &str, omit: &Omit) -> Result<String, ManifestError> {
-    let path = &listed.path[..];
+/// Adds a field to a line.
+fn append(text: &mut String, field: &str) {
+    text.push(' ');
+    text.push_str(field);
+}
+
+/// The fields that follow the number of links.
+fn rest(listed: &Listed, path: &[u8], stat: &Stat, omit: &Omit) -> Result<String, ManifestError> {
+    let name = &listed.name[..];
     let kind = FileType::from_raw_mode(stat.st_mode);
-    let mut text = format!(
-        "{} {} {:04o}",
-        escaped(path),
-        letter(kind),
-        stat.st_mode & 0o7777
-    );
-    let mut field = |field: String| {
-        text.push(' ');
-        text.push_str(&field);
-    };
-    if !omit.has(Part::Owners) {
-        field(format!("{}:{}", stat.st_uid, stat.st_gid));
-    }
-    match kind {
-        FileType::Directory if omit.has(Part::DirectoryLinks) => {}
-        FileType::Directory => field(format!("links={}", stat.st_nlink)),
-        _ if stat.st_nlink == 1 => field("links=1".to_owned()),
-        _ => field(format!("links={}@{first}", stat.st_nlink)),
-    }
+    let mut text = String::new();
     match kind {
         FileType::RegularFile => {
-            let (hash, data) = contents(path, stat)?;
-            field(format!("size={} hash={hash:016x}", stat.st_size));
+            let (hash, data) = contents(name, path, stat)?;
+            append(
+                &mut text,
+                &format!("size={} hash={hash:016x}", stat.st_size),
+            );
             if !omit.has(Part::Holes) {
-                field(format!("data={data}"));
+                append(&mut text, &format!("data={data}"));
             }
         }
         FileType::Symlink => {
-            let target = readlink(path, Vec::new()).map_err(at("readlink", path))?;
-            field(format!(
-                "size={} target={}",
-                stat.st_size,
-                escaped(target.to_bytes())
-            ));
+            let target = readlink(name, Vec::new()).map_err(at("readlink", path))?;
+            let target = escaped(target.to_bytes());
+            append(&mut text, &format!("size={} target={target}", stat.st_size));
         }
         FileType::CharacterDevice | FileType::BlockDevice => {
-            field(format!(
-                "rdev={}:{}",
-                major(stat.st_rdev),
-                minor(stat.st_rdev)
-            ));
+            let (major, minor) = (major(stat.st_rdev), minor(stat.st_rdev));
+            append(&mut text, &format!("rdev={major}:{minor}"));
         }
         _ => {}
     }
-    field(format!("mtime={}.{:09}", stat.st_mtime, stat.st_mtime_nsec));
-    for (name, value) in xattrs(path)? {
-        if !plan::omitted(omit, &name) {
+    append(
+        &mut text,
+        &format!("mtime={}.{:09}", stat.st_mtime, stat.st_mtime_nsec),
+    );
+    for (attribute, value) in xattrs(name, path)? {
+        if !plan::omitted(omit, &attribute) {
             let mut hasher = DefaultHasher::new();
             hasher.write(&value);
-            field(format!(
-                "{}={}:{:016x}",
-                escaped(name.as_bytes()),
-                value.len(),
-                hasher.finish()
-            ));
+            let (attribute, hash) = (escaped(attribute.as_bytes()), hasher.finish());
+            append(
+                &mut text,
+                &format!("{attribute}={}:{hash:016x}", value.len()),
+            );
         }
     }
     if listed.kind != FileType::Unknown && listed.kind != kind {
-        field(format!("LISTED-AS={}", letter(listed.kind)));
+        append(&mut text, &format!("LISTED-AS={}", letter(listed.kind)));
     }
     if listed.ino != stat.st_ino {
-        field("LISTED-WITH-ANOTHER-INODE".to_owned());
+        append(&mut text, "LISTED-WITH-ANOTHER-INODE");
     }
     Ok(text)
 }
@@ -207,21 +215,22 @@ const fn letter(kind: FileType) -> char {
 }
 
 /// The hash of what a file holds, and the ranges of data in units of 64 KiB (`0-1,8-9`, or `none`).
-fn contents(path: &[u8], stat: &Stat) -> Result<(u64, String), ManifestError> {
+fn contents(name: &[u8], path: &[u8], stat: &Stat) -> Result<(u64, String), ManifestError> {
+    if stat.st_size == 0 {
+        return Ok((DefaultHasher::new().finish(), "none".to_owned()));
+    }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = open(path, flags, Mode::empty()).map_err(at("open", path))?;
+    let file = open(name, flags, Mode::empty()).map_err(at("open", path))?;
     let mut hasher = DefaultHasher::new();
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     let mut end = 0;
-    if stat.st_size > 0 {
-        while let Some(start) = data_from(&file, end).map_err(at("seek data in", path))? {
-            end = seek(&file, SeekFrom::Hole(start)).map_err(at("seek a hole in", path))?;
-            digest(&file, start, end, &mut hasher).map_err(at("read", path))?;
-            let units = (start / UNIT, end.div_ceil(UNIT));
-            match ranges.last_mut() {
-                Some(last) if last.1 >= units.0 => last.1 = units.1,
-                _ => ranges.push(units),
-            }
+    while let Some(start) = data_from(&file, end).map_err(at("seek data in", path))? {
+        end = seek(&file, SeekFrom::Hole(start)).map_err(at("seek a hole in", path))?;
+        digest(&file, start, end, &mut hasher).map_err(at("read", path))?;
+        let units = (start / UNIT, end.div_ceil(UNIT));
+        match ranges.last_mut() {
+            Some(last) if last.1 >= units.0 => last.1 = units.1,
+            _ => ranges.push(units),
         }
     }
     let mut text = String::new();
@@ -230,14 +239,10 @@ fn contents(path: &[u8], stat: &Stat) -> Result<(u64, String), ManifestError> {
         // Writing to a string cannot fail.
         let _ = write!(text, "{comma}{start}-{end}");
     }
-    Ok((
-        hasher.finish(),
-        if text.is_empty() {
-            "none".to_owned()
-        } else {
-            text
-        },
-    ))
+    if text.is_empty() {
+        text.push_str("none");
+    }
+    Ok((hasher.finish(), text))
 }
 
 /// Where data begins at or after `offset`.
@@ -278,9 +283,9 @@ fn digest(file: impl AsFd, start: u64, end: u64, hasher: &mut DefaultHasher) -> 
 }
 
 /// All extended attributes that the caller may see, sorted by name.
-fn xattrs(path: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ManifestError> {
+fn xattrs(name: &[u8], path: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ManifestError> {
     let mut buffer = vec![0; 64 << 10];
-    let len = match llistxattr(path, &mut buffer[..]) {
+    let len = match llistxattr(name, &mut buffer[..]) {
         Err(Errno::NOTSUP) => 0,
         result => result.map_err(at("list the attributes of", path))?,
     };
@@ -292,10 +297,10 @@ fn xattrs(path: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ManifestError> {
         .collect();
     names.sort();
     let mut found = Vec::new();
-    for name in names {
-        let len =
-            lgetxattr(path, &name, &mut buffer[..]).map_err(at("read an attribute of", path))?;
-        found.push((name, buffer[..len].to_vec()));
+    for attribute in names {
+        let len = lgetxattr(name, &attribute, &mut buffer[..])
+            .map_err(at("read an attribute of", path))?;
+        found.push((attribute, buffer[..len].to_vec()));
     }
     Ok(found)
 }
