@@ -2,14 +2,15 @@
 //!
 //! Contract: the guest's specification names no path of the host. The root file system and every bind mount's source
 //! become paths below the shared directory, as [`crate::share`] lays it out; the cgroup path, paths of namespaces,
-//! hooks of the host's side and the `vm` section are removed. Everything else is passed on untouched: the agent is the
+//! hooks of the host's side, the `vm` section and limits on the host's CPUs, NUMA nodes and disks ([`crate::cgroup`]
+//! sets those) are removed. Everything else is passed on untouched: the agent is the
 //! one that applies it, or refuses it.
 //! Not here: which specifications are accepted (`bundle`), making the mounts (`share.rs`).
 
 use std::path::{Path, PathBuf};
 
 use caisson_agent_api::SHARE_MOUNT;
-use oci_spec::runtime::{Hooks, Mount, Root, Spec};
+use oci_spec::runtime::{Hooks, LinuxResources, Mount, Root, Spec};
 
 /// A bind mount whose source is a path of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,11 +67,29 @@ pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
         for namespace in linux.namespaces_mut().iter_mut().flatten() {
             namespace.set_path(None);
         }
+        linux
+            .resources_mut()
+            .iter_mut()
+            .for_each(remove_host_limits);
     }
     let hooks = spec.hooks().as_ref().and_then(guest_hooks);
     spec.set_hooks(hooks);
     spec.set_vm(None);
     (spec, host)
+}
+
+/// The guest numbers its CPUs, nodes and disks differently.
+fn remove_host_limits(resources: &mut LinuxResources) {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
+    if let Some(io) = resources.block_io_mut() {
+        io.set_weight_device(None)
+            .set_throttle_read_bps_device(None)
+            .set_throttle_write_bps_device(None)
+            .set_throttle_read_iops_device(None)
+            .set_throttle_write_iops_device(None);
+    }
 }
 
 /// Whether a mount's source is a file or directory of the host; as runc decides it.
@@ -229,5 +248,18 @@ mod tests {
     fn hooks_of_the_host_alone_leave_none_for_the_guest() {
         let value = json!({"ociVersion": "1.0.2", "hooks": {"poststart": [{"path": "/d"}]}});
         assert!(split("c", Path::new("/b"), spec(value)).0.hooks().is_none());
+    }
+
+    #[test]
+    fn limits_on_the_hosts_cpus_and_disks_stay_on_the_host() {
+        let device = json!([{"major": 8, "minor": 0, "rate": 1}]);
+        let whole = spec(json!({"ociVersion": "1.0.2", "linux": {"resources": {
+            "cpu": {"cpus": "2-3", "mems": "1", "quota": 5},
+            "blockIO": {"weight": 7, "throttleReadBpsDevice": device, "throttleWriteIOPSDevice": device},
+        }}}));
+        let (guest, _) = split("c", Path::new("/b"), whole);
+        let resources = serde_json::to_value(guest.linux().as_ref().unwrap().resources()).unwrap();
+        assert_eq!(resources["cpu"], json!({"quota": 5}));
+        assert_eq!(resources["blockIO"], json!({"weight": 7}));
     }
 }
