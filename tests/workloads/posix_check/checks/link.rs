@@ -22,7 +22,7 @@ checks![
     a_new_name_moves_the_change_time_only,
     a_directory_without_write_permission_is_eacces,
     attributes_and_data_are_shared,
-    a_thousand_links_are_counted,
+    many_links_are_counted,
 ];
 
 fn a_link_is_another_name_of_the_same_inode() -> Verdict {
@@ -144,10 +144,10 @@ fn attributes_and_data_are_shared() -> Verdict {
     equal("owner", owner("a")?, (7, 8))
 }
 
-fn a_thousand_links_are_counted() -> Verdict {
+fn many_links_are_counted() -> Verdict {
     touch("f")?;
-    for number in 0..1000 {
+    for number in 0..300 {
         link("f", format!("{number}"))?;
     }
-    equal("links", links("999")?, 1001)
+    equal("links", links("299")?, 301)
 }

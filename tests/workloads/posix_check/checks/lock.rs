@@ -36,7 +36,7 @@ checks![
     open_file_locks_are_inherited,
     an_open_file_lock_waits_for_another,
     the_kinds_of_locks_see_each_other_as_documented,
-    a_hundred_processes_count_under_a_lock,
+    processes_count_under_a_lock,
 ];
 
 /// How long somebody who must be blocked is watched, in milliseconds.
@@ -408,12 +408,12 @@ fn the_kinds_of_locks_see_each_other_as_documented() -> Verdict {
     )
 }
 
-fn a_hundred_processes_count_under_a_lock() -> Verdict {
+fn processes_count_under_a_lock() -> Verdict {
     put("f", b"0")?;
     let mut counters = Vec::new();
     for _ in 0..4 {
         counters.push(start(|| {
-            for _ in 0..25 {
+            for _ in 0..10 {
                 let file = writer("f")?;
                 flock(&file, FlockOperation::LockExclusive)?;
                 let number: u32 = String::from_utf8_lossy(&read_at(&file, 0, 20)?)
@@ -425,5 +425,5 @@ fn a_hundred_processes_count_under_a_lock() -> Verdict {
         })?);
     }
     counters.into_iter().try_for_each(crate::peer::Peer::join)?;
-    equal("count", contents("f")?, b"100".to_vec())
+    equal("count", contents("f")?, b"40".to_vec())
 }

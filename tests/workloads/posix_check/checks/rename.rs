@@ -313,7 +313,7 @@ fn a_name_that_is_replaced_is_never_missing() -> Verdict {
         }
         Ok(())
     })?;
-    for _ in 0..200 {
+    for _ in 0..50 {
         put("next", b"1")?;
         rename("next", "f")?;
     }
