@@ -4,11 +4,13 @@
 //! Contract: every access is answered; what nobody owns reads as all ones and ignores writes. Two exceptions are there
 //! because the kernel waits for them: the CMOS clock never has an update in progress, and the keyboard controller is
 //! always ready (else 12 s and 2 s of a boot are lost).
-//! Threads: any vCPU thread; one lock for the console, one per device.
+//! There is no PIC: its ports read as all ones, by which the kernel knows.
+//! Threads: any vCPU thread; one lock for the console, one for the IOAPIC, one per device.
 
 use std::sync::{Mutex, PoisonError};
 
 use crate::console::{self, Console};
+use crate::kvm::ioapic::{self, IoApic, Message};
 use crate::memory::MMIO_START;
 use crate::virtio::transport::Transport;
 
@@ -41,18 +43,33 @@ pub fn device_base(slot: usize) -> u64 {
     MMIO_START + slot as u64 * DEVICE_BYTES
 }
 
+/// Who is told what interrupts mean: KVM, and the test double.
+pub trait Router: Send + Sync {
+    /// Every interrupt that means something, and what.
+    fn route(&self, messages: &[(u8, Message)]);
+}
+
 /// All that vCPUs can reach.
 pub struct Bus {
     console: Mutex<Console>,
     devices: Vec<Transport>,
+    ioapic: Mutex<IoApic>,
+    router: Box<dyn Router>,
 }
 
 impl Bus {
     /// A bus with these devices, in slots of their order.
-    pub fn new(console: Console, devices: Vec<Transport>) -> Self {
+    pub fn new(
+        console: Console,
+        devices: Vec<Transport>,
+        ioapic: IoApic,
+        router: Box<dyn Router>,
+    ) -> Self {
         Self {
             console: Mutex::new(console),
             devices,
+            ioapic: Mutex::new(ioapic),
+            router,
         }
     }
 
@@ -92,6 +109,13 @@ impl Bus {
 
     /// A vCPU reads memory that is not RAM.
     pub fn memory_read(&self, addr: u64, data: &mut [u8]) {
+        if let Some(offset) = ioapic_offset(addr) {
+            self.ioapic
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .read(offset, data);
+            return;
+        }
         match self.device(addr) {
             Some((device, offset)) => device.read(offset, data),
             None => data.fill(0xff),
@@ -100,6 +124,14 @@ impl Bus {
 
     /// A vCPU writes memory that is not RAM.
     pub fn memory_write(&self, addr: u64, data: &[u8]) {
+        if let Some(offset) = ioapic_offset(addr) {
+            // Held until the routes are in force, so that two vCPUs cannot swap theirs.
+            let mut ioapic = self.ioapic.lock().unwrap_or_else(PoisonError::into_inner);
+            if ioapic.write(offset, data) {
+                self.router.route(&ioapic.messages());
+            }
+            return;
+        }
         if let Some((device, offset)) = self.device(addr) {
             device.write(offset, data);
         }
@@ -113,6 +145,11 @@ impl Bus {
     }
 }
 
+fn ioapic_offset(addr: u64) -> Option<u64> {
+    addr.checked_sub(ioapic::ADDR)
+        .filter(|offset| *offset < ioapic::BYTES)
+}
+
 fn console_register(port: u16) -> u8 {
     // 0 to 7 by the match above.
     u8::try_from(port - console::PORT).unwrap_or(0)
@@ -120,11 +157,55 @@ fn console_register(port: u16) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::console::SharedTail;
 
+    #[derive(Clone, Default)]
+    struct Routes(Arc<Mutex<Vec<(u8, Message)>>>);
+
+    impl Router for Routes {
+        fn route(&self, messages: &[(u8, Message)]) {
+            *self.0.lock().unwrap() = messages.to_vec();
+        }
+    }
+
+    fn bus_with(routes: &Routes) -> Bus {
+        let console = Console::transmitter(SharedTail::default());
+        Bus::new(
+            console,
+            Vec::new(),
+            IoApic::new(7),
+            Box::new(routes.clone()),
+        )
+    }
+
     fn bus() -> Bus {
-        Bus::new(Console::transmitter(SharedTail::default()), Vec::new())
+        bus_with(&Routes::default())
+    }
+
+    #[test]
+    fn the_guests_wiring_of_interrupts_becomes_routes() {
+        let routes = Routes::default();
+        let bus = bus_with(&routes);
+        let write = |register: u32, value: u32| {
+            bus.memory_write(ioapic::ADDR, &register.to_le_bytes());
+            bus.memory_write(ioapic::ADDR + 0x10, &value.to_le_bytes());
+        };
+        write(0x10 + 2 * 5, 0x41);
+        assert_eq!(
+            *routes.0.lock().unwrap(),
+            [(
+                5,
+                Message {
+                    address: 0xfee0_0000,
+                    data: 0x41
+                }
+            )]
+        );
+        write(0x10 + 2 * 5, 0x1_0041);
+        assert_eq!(*routes.0.lock().unwrap(), []);
     }
 
     #[test]

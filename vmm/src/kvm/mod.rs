@@ -1,16 +1,21 @@
 //! The machine as KVM knows it: address space, interrupt controllers, devices' doorbells, vCPUs.
 //!
-//! Contract: `Machine` in, vCPUs out; interrupts are delivered by irqfd, kicks by ioeventfd, both in the kernel. There
-//! is no PIT: the guest has kvm-clock and a TSC-deadline LAPIC timer.
+//! Contract: memory in, vCPUs out; interrupts are delivered by irqfd, kicks by ioeventfd, both in the kernel. Local
+//! APICs are KVM's, the IOAPIC is ours (`ioapic.rs`). There is no PIC and no PIT: the guest has kvm-clock and a
+//! TSC-deadline timer.
 //! Not here: guest memory's contents (`boot`), what exits mean (`vcpu.rs`, `bus.rs`).
 #![allow(unsafe_code, reason = "KVM is given the address of guest memory")]
 
 pub mod cpuid;
+pub mod ioapic;
 pub mod kick;
 pub mod state;
 pub mod vcpu;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::{GuestMemory, GuestMemoryRegion};
@@ -19,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::Entry;
 use crate::memory::Mem;
 use crate::virtio::transport::Link;
+use ioapic::{MAX_PINS, Message};
 use state::VcpuState;
 
 /// The version of KVM's API, unchanged since 2007.
@@ -51,7 +57,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM with this memory and its interrupt controllers.
+    /// A VM with this memory and local APICs.
     ///
     /// # Errors
     /// [`KvmError`]: `kvm` is no KVM device, or the host refuses a step.
@@ -66,8 +72,13 @@ impl Vm {
         let vm = kvm.create_vm().map_err(step("create a VM"))?;
         vm.set_tss_address(TSS_ADDR)
             .map_err(step("set the TSS address"))?;
-        vm.create_irq_chip()
-            .map_err(step("create the interrupt controllers"))?;
+        let split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            args: [u64::from(MAX_PINS), 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        vm.enable_cap(&split)
+            .map_err(step("create the local APICs"))?;
         for (slot, region) in (0..).zip(mem.iter()) {
             let memory = kvm_userspace_memory_region {
                 slot,
@@ -108,6 +119,24 @@ impl Vm {
             .map_err(step("register an interrupt"))
     }
 
+    /// Says what every interrupt means from now on; those that are not named mean nothing.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn route(&self, messages: &[(u8, Message)]) -> Result<(), KvmError> {
+        let entries: Vec<_> = messages
+            .iter()
+            .map(|(irq, message)| route(*irq, *message))
+            .collect();
+        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| KvmError {
+            step: "list the interrupt routes",
+            source: kvm_ioctls::Error::new(libc::E2BIG),
+        })?;
+        self.vm
+            .set_gsi_routing(&routing)
+            .map_err(step("route the interrupts"))
+    }
+
     /// `cpus` vCPUs, the first at `entry`, the others waiting to be started by it.
     ///
     /// # Errors
@@ -145,4 +174,15 @@ impl Vm {
         }
         Ok(vcpu)
     }
+}
+
+fn route(irq: u8, message: Message) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi: u32::from(irq),
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..kvm_irq_routing_entry::default()
+    };
+    entry.u.msi.address_lo = message.address;
+    entry.u.msi.data = message.data;
+    entry
 }

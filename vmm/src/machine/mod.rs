@@ -19,13 +19,14 @@ use std::time::Duration;
 use caisson_vmm_spec::{Cause, Event, VmSpec};
 
 use crate::boot::{self, BootError, Platform, cmdline};
-use crate::bus::Bus;
+use crate::bus::{Bus, Router};
 use crate::console::{self, Console, SharedTail};
 use crate::control::Control;
 use crate::counters::Counters;
 use crate::devices::vsock::Dials;
 use crate::ending::{End, Ending};
 use crate::fds::{self, FdError, Inherited};
+use crate::kvm::ioapic::{IoApic, Message};
 use crate::kvm::vcpu::{Surroundings, Vcpus};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::{self, MemoryError};
@@ -86,14 +87,27 @@ fn host(step: &'static str) -> impl FnOnce(io::Error) -> SetupError {
 /// A running VM.
 struct Machine {
     vcpus: Vcpus,
-    /// Kept open: KVM unwires all interrupts when the VM's descriptor closes, even while its vCPUs run.
-    _vm: Vm,
     ending: Arc<Ending>,
     counters: Counters,
     dials: Arc<Dials>,
     tail: SharedTail,
     link: Arc<OwnerLink>,
     boot_deadline: Option<Duration>,
+}
+
+/// KVM as the bus sees it. Keeps the VM's descriptor open: KVM unwires all interrupts when it closes, even while the
+/// vCPUs run.
+struct Wiring {
+    vm: Vm,
+    ending: Arc<Ending>,
+}
+
+impl Router for Wiring {
+    fn route(&self, messages: &[(u8, Message)]) {
+        if let Err(error) = self.vm.route(messages) {
+            self.ending.report(Cause::HostError, one_line(&error));
+        }
+    }
 }
 
 /// Runs the VM that the inherited spec describes to its end; the process's exit status.
@@ -152,11 +166,12 @@ fn start(
     rack.add_configured(files.devices)?;
     let devices = rack.start()?;
 
-    let mut interrupts = rack::interrupts(devices.len()).to_vec();
+    let mut interrupts = rack::interrupts(devices.len());
     let words = cmdline::build(&interrupts, with_console, &spec.cmdline);
     if with_console {
         interrupts.push(console::IRQ);
     }
+    let ioapic = IoApic::new(interrupts.iter().copied().max().unwrap_or(0));
     let entry = boot::load(
         &mem,
         files.boot,
@@ -167,19 +182,23 @@ fn start(
         },
     )?;
 
-    let bus = Arc::new(Bus::new(console, devices));
+    let vcpus = vm.vcpus(spec.vcpus, entry)?;
+    let wiring = Box::new(Wiring {
+        vm,
+        ending: ending.clone(),
+    });
+    let bus = Arc::new(Bus::new(console, devices, ioapic, wiring));
     let surroundings = Surroundings {
         bus,
         ending: ending.clone(),
         tail: tail.clone(),
     };
-    let vcpus = Vcpus::start(vm.vcpus(spec.vcpus, entry)?, &surroundings, &counters)
-        .map_err(host("start the vCPU threads"))?;
+    let vcpus =
+        Vcpus::start(vcpus, &surroundings, &counters).map_err(host("start the vCPU threads"))?;
     let boot_deadline =
         (spec.boot_deadline_ms > 0).then(|| Duration::from_millis(spec.boot_deadline_ms));
     Ok(Machine {
         vcpus,
-        _vm: vm,
         ending,
         counters,
         dials,

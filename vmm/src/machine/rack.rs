@@ -14,6 +14,7 @@ use caisson_vmm_spec::Event;
 use super::files::DeviceFiles;
 use super::{SetupError, host};
 use crate::bus::device_base;
+use crate::console;
 use crate::control::Control;
 use crate::counters::Counters;
 use crate::devices::balloon::Balloon;
@@ -30,14 +31,16 @@ use crate::virtio::Device;
 use crate::virtio::transport::{Link, Transport};
 use crate::virtio::worker::Worker;
 
-/// Interrupts by slot: pins of the IOAPIC without the console's (4), the clock's (8), the FPU's (13) and those below.
-const INTERRUPTS: [u8; 17] = [
-    5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
-];
+/// The most devices of a VM.
+const MAX_DEVICES: usize = 64;
 
-/// The interrupts of the first `count` slots.
-pub(super) fn interrupts(count: usize) -> &'static [u8] {
-    &INTERRUPTS[..count.min(INTERRUPTS.len())]
+/// The interrupts of the first `count` slots: 1 and up, without the console's. The fewer pins the IOAPIC needs, the
+/// fewer exits the guest's boot has.
+pub(super) fn interrupts(count: usize) -> Vec<u8> {
+    (1..=u8::MAX)
+        .filter(|irq| *irq != console::IRQ)
+        .take(count.min(MAX_DEVICES))
+        .collect()
 }
 
 /// The way to the sandbox's owner, for the socket device.
@@ -169,9 +172,10 @@ fn wire(
     device: Box<dyn Device>,
     worker: &mut Worker,
 ) -> Result<Transport, SetupError> {
-    let interrupt = INTERRUPTS
+    let interrupts = interrupts(slot + 1);
+    let interrupt = interrupts
         .get(slot)
-        .ok_or(SetupError::Value("more than 17 devices"))?;
+        .ok_or(SetupError::Value("more than 64 devices"))?;
     let link = Arc::new(Link::new().map_err(host("make an eventfd"))?);
     vm.wire(&link, device_base(slot), u32::from(*interrupt))?;
     Ok(worker.attach(device, link))
@@ -182,5 +186,16 @@ fn device<E: Error + Send + Sync + 'static>(what: &str) -> impl FnOnce(E) -> Set
     move |source| SetupError::Device {
         what,
         source: Box::new(source),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupts_are_dense_and_leave_the_consoles_alone() {
+        assert_eq!(interrupts(6), [1, 2, 3, 5, 6, 7]);
+        assert_eq!(interrupts(MAX_DEVICES + 9).len(), MAX_DEVICES);
     }
 }
