@@ -23,6 +23,7 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
+use virtiofsd::passthrough::credentials::{ScopedCaps, drop_effective_cap};
 use virtiofsd::soft_idmap::Id;
 
 use super::coherence::{Coherence, change_time, lifetime, now};
@@ -127,6 +128,17 @@ fn file_range(offset: u64, size: u32) -> io::Result<()> {
     {
         Some(_) => Ok(()),
         None => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
+/// Takes CAP_FSETID away while the guard lives, if the caller is not root: the host's kernel then clears set-id bits of
+/// what is written. The guest's kernel says with each WRITE and truncation whether to do so, but not with FALLOCATE and
+/// COPY_FILE_RANGE.
+fn as_the_caller(ctx: Context) -> io::Result<Option<ScopedCaps>> {
+    if ctx.uid.is_root() {
+        Ok(None)
+    } else {
+        drop_effective_cap("FSETID")
     }
 }
 
@@ -389,6 +401,7 @@ impl FileSystem for Guard {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        let _modest = as_the_caller(ctx)?;
         self.0
             .fs
             .fallocate(ctx, inode, handle, mode, offset, length)
@@ -498,6 +511,7 @@ impl FileSystem for Guard {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
+        let _modest = as_the_caller(ctx)?;
         self.0.fs.copyfilerange(
             ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags,
         )
