@@ -34,6 +34,8 @@ pub(crate) enum ContainerError {
     State { action: &'static str, state: State },
     #[error("cannot exec in a paused container (use --ignore-paused to override)")]
     ExecPaused,
+    #[error("cannot exec in a stopped container")]
+    ExecStopped,
     #[error("container {0:?} does not exist")]
     NoContainer(String),
     #[error("container with id exists: {0:?}")]
@@ -91,7 +93,7 @@ fn next(state: State, call: Call) -> Result<State, ContainerError> {
             Paused,
         ) => Ok(state),
         (Exec { .. }, Paused) => Err(ContainerError::ExecPaused),
-        (Exec { .. }, _) => refused("exec in"),
+        (Exec { .. }, State::Stopped) => Err(ContainerError::ExecStopped),
         (Pause, Running | Created) => Ok(Paused),
         (Pause, _) => refused("pause"),
         (Resume, Paused) => Ok(Running),
@@ -106,7 +108,8 @@ struct Changing {
     state: State,
     /// The parked init's socket, until it is started.
     parked: Option<ControlSocket>,
-    processes: HashMap<String, Arc<Process>>,
+    /// `None` while a process is being made.
+    processes: HashMap<String, Option<Arc<Process>>>,
     /// Exec process ids, oldest first.
     order: VecDeque<String>,
 }
@@ -228,7 +231,9 @@ impl Container {
                 }),
             }),
             Err(error) => {
-                cgroup.remove().await?;
+                if let Err(left) = cgroup.remove().await {
+                    crate::kmsg::error(&crate::error_line(&left));
+                }
                 Err(error.into())
             }
         }
@@ -279,7 +284,7 @@ impl Container {
             preserved,
         )?;
         let child = self.exec_plan(process);
-        self.claim(&request.process_id)?;
+        let claim = self.claim(&request.process_id)?;
         let none = Stdio::default();
         let stdio = request.stdio.as_ref().unwrap_or(&none);
         let dialed =
@@ -293,7 +298,7 @@ impl Container {
         };
         let (process, _) = spawn(&child, around, child_ends, our_ends).await?;
         let pid = process.pid;
-        self.remember(&request.process_id, Arc::new(process));
+        claim.keep(Arc::new(process));
         Ok(pid)
     }
 
@@ -307,33 +312,20 @@ impl Container {
         }
     }
 
-    fn claim(&self, id: &str) -> Result<(), ContainerError> {
-        let taken = self
-            .changing()
-            .processes
-            .get(id)
-            .is_some_and(|p| p.end().is_none());
-        if id.is_empty() || taken {
+    fn claim(&self, id: &str) -> Result<ProcessClaim<'_>, ContainerError> {
+        let mut changing = self.changing();
+        let free = match changing.processes.get(id) {
+            None => true,
+            Some(known) => known.as_ref().is_some_and(|p| p.end().is_some()),
+        };
+        if id.is_empty() || !free {
             return Err(ContainerError::ProcessExists(id.to_owned()));
         }
-        Ok(())
-    }
-
-    fn remember(&self, id: &str, process: Arc<Process>) {
-        let mut changing = self.changing();
-        changing.order.retain(|known| known != id);
-        changing.order.push_back(id.to_owned());
-        changing.processes.insert(id.to_owned(), process);
-        let Changing {
-            processes, order, ..
-        } = &mut *changing;
-        let ended = |id: &String| processes.get(id).is_some_and(|p| p.end().is_some());
-        if order.len() > REMEMBERED_ENDS
-            && let Some(oldest) = order.iter().position(ended)
-            && let Some(id) = order.remove(oldest)
-        {
-            processes.remove(&id);
-        }
+        changing.processes.insert(id.to_owned(), None);
+        Ok(ProcessClaim {
+            container: self,
+            id: id.to_owned(),
+        })
     }
 
     /// A process of the container; the empty id is its init.
@@ -341,7 +333,7 @@ impl Container {
         if id.is_empty() {
             return Ok(Arc::clone(&self.init));
         }
-        let found = self.changing().processes.get(id).cloned();
+        let found = self.changing().processes.get(id).cloned().flatten();
         found.ok_or_else(|| ContainerError::NoProcess(id.to_owned()))
     }
 
@@ -407,6 +399,49 @@ impl Container {
             });
         }
         Ok(self.cgroup.remove().await?)
+    }
+}
+
+/// The id of a process that is being made; it is free again unless it is kept.
+struct ProcessClaim<'a> {
+    container: &'a Container,
+    id: String,
+}
+
+impl ProcessClaim<'_> {
+    /// The process exists. Of those that have ended, the oldest is forgotten when there are many.
+    fn keep(self, process: Arc<Process>) {
+        let mut changing = self.container.changing();
+        let Changing {
+            processes, order, ..
+        } = &mut *changing;
+        order.retain(|known| *known != self.id);
+        order.push_back(self.id.clone());
+        processes.insert(self.id.clone(), Some(process));
+        let ended = |id: &String| {
+            processes
+                .get(id)
+                .is_some_and(|p| p.as_ref().is_some_and(|p| p.end().is_some()))
+        };
+        if order.len() > REMEMBERED_ENDS
+            && let Some(oldest) = order.iter().position(ended)
+            && let Some(id) = order.remove(oldest)
+        {
+            processes.remove(&id);
+        }
+    }
+}
+
+impl Drop for ProcessClaim<'_> {
+    fn drop(&mut self) {
+        let mut changing = self.container.changing();
+        if changing
+            .processes
+            .get(&self.id)
+            .is_some_and(Option::is_none)
+        {
+            changing.processes.remove(&self.id);
+        }
     }
 }
 

@@ -73,9 +73,11 @@ pub(crate) struct Process {
     /// Names this process and no later one with the same number.
     pidfd: OwnedFd,
     end: watch::Receiver<Option<End>>,
-    // No await while it is held.
-    terminal: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
+    terminal: Terminal,
 }
+
+/// The terminal's master side, as long as the process runs. No await while it is locked.
+type Terminal = Arc<Mutex<Option<Arc<AsyncFd<OwnedFd>>>>>;
 
 /// The agent's end of the child's control socket.
 pub(crate) struct ControlSocket(AsyncFd<OwnedFd>);
@@ -291,9 +293,15 @@ impl Newborn {
                 return Err(failed("connect the standard streams")(source));
             }
         };
-        let terminal = Mutex::new(streams.terminal.clone());
+        let terminal: Terminal = Arc::new(Mutex::new(streams.terminal.clone()));
         let (sender, receiver) = watch::channel(None);
-        tokio::spawn(attend(end, streams, cgroup, is_init, sender));
+        let attended = Attended {
+            streams,
+            cgroup,
+            is_init,
+            terminal: Arc::clone(&terminal),
+        };
+        tokio::spawn(attended.until(end, sender));
         Ok(Process {
             pid,
             pidfd,
@@ -303,33 +311,36 @@ impl Newborn {
     }
 }
 
-/// Waits for the end of a process and tells it.
-async fn attend(
-    end: oneshot::Receiver<u32>,
+/// What is to be settled when a process ends.
+struct Attended {
     streams: Streams,
     cgroup: Arc<Cgroup>,
     is_init: bool,
-    told: watch::Sender<Option<End>>,
-) {
-    let Ok(code) = end.await else { return };
-    if is_init {
-        // With a PID namespace of its own the kernel has killed the others; without one this does (as runc does).
-        if let Err(e) = cgroup.kill() {
+    terminal: Terminal,
+}
+
+impl Attended {
+    /// Waits for the end and tells it.
+    async fn until(mut self, end: oneshot::Receiver<u32>, told: watch::Sender<Option<End>>) {
+        let Ok(code) = end.await else { return };
+        if self.is_init
+            && let Err(e) = self.cgroup.kill()
+        {
+            // With a PID namespace of its own the kernel has killed the others; without one this does (as in runc).
             crate::kmsg::error(&crate::error_line(&e));
         }
+        self.streams.settle().await;
+        let (stdout_bytes, stderr_bytes) = self.streams.written();
+        let oom_killed = self.cgroup.had_oom_kill();
+        // The terminal lives on only as long as output is passed on.
+        *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        told.send_replace(Some(End {
+            code,
+            oom_killed,
+            stdout_bytes,
+            stderr_bytes,
+        }));
     }
-    let (stdout_bytes, stderr_bytes) = streams.written();
-    let oom_killed = cgroup.had_oom_kill();
-    told.send_replace(Some(End {
-        code,
-        oom_killed,
-        stdout_bytes,
-        stderr_bytes,
-    }));
-    if is_init {
-        streams.stop_input();
-    }
-    drop(streams);
 }
 
 /// Executes this binary as a child with its descriptors.

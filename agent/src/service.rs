@@ -44,6 +44,7 @@ fn code(error: &ContainerError) -> Code {
         }
         ContainerError::State { .. }
         | ContainerError::ExecPaused
+        | ContainerError::ExecStopped
         | ContainerError::Process(ProcessError::Finished | ProcessError::NoTerminal) => {
             Code::FAILED_PRECONDITION
         }

@@ -8,15 +8,16 @@
 use crate::socket::{Dial, Socket, finish_writing};
 use caisson_agent_api::Stdio;
 use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread, read, write};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 type Descriptor = Arc<AsyncFd<OwnedFd>>;
@@ -25,12 +26,15 @@ type Descriptor = Arc<AsyncFd<OwnedFd>>;
 const CHUNK_BYTES: usize = 64 << 10;
 /// The same for a stream that has filled a chunk.
 const LARGE_CHUNK_BYTES: usize = 1 << 20;
+/// More than a terminal holds: what comes after so much was written by others, after the process's end.
+const SETTLE_BYTES: u64 = 128 << 10;
 
 /// One direction that is being pumped.
 struct Outlet {
     /// Weak: only the pump keeps the pipe open, so that a writer learns that nobody reads any more.
     from: Weak<AsyncFd<OwnedFd>>,
-    read: Arc<AtomicU64>,
+    /// Bytes read so far; closed when the pump has ended.
+    read: watch::Receiver<u64>,
 }
 
 impl Outlet {
@@ -40,7 +44,7 @@ impl Outlet {
             .from
             .upgrade()
             .map_or(0, |fd| ioctl_fionread(fd.get_ref()).unwrap_or(0));
-        self.read.load(Ordering::Relaxed) + waiting
+        *self.read.borrow() + waiting
     }
 }
 
@@ -176,22 +180,44 @@ impl OurEnds {
 }
 
 impl Streams {
+    /// Waits until the terminal's output so far is read: unlike a pipe, a terminal cannot tell how much it holds.
+    pub(crate) async fn settle(&mut self) {
+        let (Some(terminal), Some(outlet)) = (&self.terminal, &mut self.stdout) else {
+            return;
+        };
+        let start = *outlet.read.borrow_and_update();
+        while holds_output(terminal) && *outlet.read.borrow() - start < SETTLE_BYTES {
+            if outlet.read.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Bytes written to standard output and standard error so far.
     pub(crate) fn written(&self) -> (u64, u64) {
         let total = |outlet: &Option<Outlet>| outlet.as_ref().map_or(0, Outlet::total);
         (total(&self.stdout), total(&self.stderr))
     }
+}
 
-    /// Nothing will read input any more.
-    pub(crate) fn stop_input(&self) {
+impl Drop for Streams {
+    /// Nothing will read input any more; output goes on to its end.
+    fn drop(&mut self) {
         self.inward.iter().for_each(JoinHandle::abort);
     }
 }
 
-impl Drop for Streams {
-    fn drop(&mut self) {
-        self.stop_input();
-    }
+/// Whether a terminal's master side can be read; asking makes the kernel deliver what is under way (n_tty_poll).
+fn holds_output(terminal: &Descriptor) -> bool {
+    let mut fds = [PollFd::new(terminal.get_ref(), PollFlags::IN)];
+    let asked = poll(
+        &mut fds,
+        Some(&Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        }),
+    );
+    asked.is_ok() && fds[0].revents().contains(PollFlags::IN)
 }
 
 fn descriptor(fd: OwnedFd) -> io::Result<Descriptor> {
@@ -218,10 +244,10 @@ async fn inward(host: Descriptor, process: Descriptor) {
 
 /// Process to host, with a count.
 fn outward(process: Descriptor, host: Descriptor) -> Outlet {
-    let counter = Arc::new(AtomicU64::new(0));
+    let (counter, read) = watch::channel(0);
     let outlet = Outlet {
         from: Arc::downgrade(&process),
-        read: Arc::clone(&counter),
+        read,
     };
     tokio::spawn(async move {
         let _ = pump(&process, &host, Some(&counter)).await;
@@ -234,7 +260,7 @@ fn outward(process: Descriptor, host: Descriptor) -> Outlet {
 async fn pump(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
-    counter: Option<&AtomicU64>,
+    counter: Option<&watch::Sender<u64>>,
 ) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(CHUNK_BYTES);
     loop {
@@ -246,7 +272,7 @@ async fn pump(
             Ok(0) => return Ok(()),
             Ok(n) => {
                 if let Some(counter) = counter {
-                    counter.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
+                    counter.send_modify(|read| *read += u64::try_from(n).unwrap_or(0));
                 }
             }
             // A terminal whose last user is gone.

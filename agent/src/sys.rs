@@ -352,6 +352,9 @@ pub(crate) fn execute(path: &CStr, args: &[CString], env: &[CString]) -> io::Err
     io::Error::last_os_error()
 }
 
+/// linux/vm_sockets.h, the variant that takes the C library's `timeval`.
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: c_int = 6;
+
 /// Begins to connect to a port of the host (vsock(7)); the socket is writable when it is done.
 pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
@@ -360,6 +363,24 @@ pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let raw = RawFd::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: socket(2) returned a fresh descriptor (checked above) that nothing else owns.
     let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    // The default of two seconds is too short for a host that is busy; the VMM watches over the boot, and the runtime over
+    // its calls.
+    let patience = libc::timeval {
+        tv_sec: 60,
+        tv_usec: 0,
+    };
+    let length = libc::socklen_t::try_from(size_of::<libc::timeval>()).map_err(io::Error::other)?;
+    // SAFETY: `patience` is a timeval of the length given, alive over the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const patience).cast(),
+            length,
+        )
+    };
+    check(result.into())?;
     // SAFETY: all zeroes is a valid sockaddr_vm.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).map_err(io::Error::other)?;
