@@ -8,6 +8,7 @@
 mod bytes;
 mod cycles;
 mod files;
+mod host;
 mod isolation;
 mod kills;
 mod lifecycle;

@@ -64,7 +64,7 @@ fn a_root_file_system_that_is_missing_or_a_file() {
     run_is_refused(&case, &bundle, "nowhere");
     fs::write(bundle.dir().join("plain"), "").expect("write");
     let bundle = bundle.edit(|spec| spec["root"]["path"] = json!("plain"));
-    case.run(&bundle).is_refusal("plain");
+    case.run(&bundle).is_refusal("not a directory");
     case.nothing_is_left();
 }
 
@@ -242,25 +242,33 @@ fn a_host_without_kvm_or_without_the_right_to_it() {
         return;
     };
     let bundle = case.bundle();
-    // A mount namespace of its own, in which /dev/kvm is something else.
-    for (replacement, reason) in [("/dev/null", "/dev/kvm"), ("", "/dev/kvm")] {
-        let script = if replacement.is_empty() {
-            "mount -t tmpfs none /dev && exec \"$@\"".to_owned()
-        } else {
-            format!("mount --bind {replacement} /dev/kvm && exec \"$@\"")
-        };
-        let root = case.root();
+    let root = case.root();
+    // Each in a mount namespace of its own: no node, another device, a node that must not be opened.
+    let nodes = "null zero full random urandom tty net";
+    let missing = format!(
+        "mount -t tmpfs none /mnt && for n in {nodes}; do cp -a /dev/$n /mnt; done && \
+         mount --move /mnt /dev"
+    );
+    let forbidden = "mount -t tmpfs -o nodev none /mnt && cp -a /dev/kvm /mnt && \
+                     mount --bind /mnt/kvm /dev/kvm";
+    for (change, reason) in [
+        (missing.as_str(), "no such file"),
+        ("mount --bind /dev/null /dev/kvm", "/dev/kvm"),
+        (forbidden, "permission denied"),
+    ] {
+        let script = format!("{change} && exec \"$@\"");
         let call = case
             .program("unshare")
             .args(["-m", "sh", "-c", &script, "sh"]);
-        let call = call
-            .args([caisson_tests::case::runtime()])
-            .args(["--root".as_ref(), root.as_os_str()]);
-        call.args(["run", "-b"])
+        let call = call.args([caisson_tests::case::runtime()]);
+        let call = call.args(["--root".as_ref(), root.as_os_str()]);
+        let outcome = call
+            .args(["run", "-b"])
             .args([bundle.dir()])
             .args(["one"])
-            .finish()
-            .is_refusal(reason);
+            .finish();
+        outcome.is_refusal("/dev/kvm");
+        outcome.is_refusal(reason);
         case.nothing_is_left();
     }
 }

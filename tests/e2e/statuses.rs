@@ -148,15 +148,14 @@ fn exec_detached_returns_at_once_and_names_its_process() {
     let case = Case::begin();
     case.start(&waiting(&case), "one");
     let pid_file = case.pid_file("exec");
-    case.call(["exec", "-d", "--pid-file"])
-        .args([&pid_file])
-        .args(["one", "sleep", "999"])
-        .succeed();
+    let script = "echo $$ > /tmp/pid; exec sleep 999";
+    let call = case.call(["exec", "-d", "--pid-file"]).args([&pid_file]);
+    call.args(["one", "sh", "-c", script]).succeed();
     let pid = case.pid("exec");
     assert!(rustix::process::test_kill_process(pid).is_ok());
     let outcome = case.exec("one", "ps -o args");
     assert!(outcome.text().contains("sleep 999"), "{outcome:?}");
-    case.exec("one", "pkill -f 'sleep 999'");
+    assert_eq!(case.exec("one", "kill $(cat /tmp/pid)").status, 0);
     assert!(caisson_tests::call::wait_for_exit(
         pid,
         std::time::Duration::from_secs(20)

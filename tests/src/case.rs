@@ -250,31 +250,27 @@ impl Case {
     }
 
     /// Ends what a failed test left running.
-    fn clean_up(&self, left: &[String]) {
+    fn clean_up(&self) {
         for entry in fs::read_dir(self.root()).into_iter().flatten().flatten() {
             let id = entry.file_name().to_string_lossy().into_owned();
             self.call(["delete", "--force", &id]).finish();
         }
-        for line in left {
-            let words: Vec<&str> = line.split(' ').collect();
-            match words.as_slice() {
-                ["+", "process", pid, ..] => {
-                    if let Some(pid) = pid.parse().ok().and_then(Pid::from_raw) {
-                        let _ = rustix::process::kill_process(pid, Signal::KILL);
-                        crate::call::wait_for_exit(pid, Duration::from_secs(10));
-                    }
-                }
-                ["+", "mount", _, point, ..] => {
-                    let _ = Command::new("umount").args(["-l", point]).status();
-                }
-                _ => {}
+        let left = self.leftovers();
+        let new = |kind: &'static str| {
+            left.iter()
+                .rev()
+                .filter_map(move |line| line.strip_prefix("+ ")?.strip_prefix(kind))
+        };
+        for pid in new("process ").filter_map(|line| line.split(' ').next()?.parse().ok()) {
+            if let Some(pid) = Pid::from_raw(pid) {
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
+                crate::call::wait_for_exit(pid, Duration::from_secs(10));
             }
         }
-        let cgroups = left
-            .iter()
-            .rev()
-            .filter_map(|line| line.strip_prefix("+ cgroup "));
-        cgroups.for_each(|path| drop(fs::remove_dir(path)));
+        for point in new("mount ").filter_map(|line| line.split(' ').nth(1)) {
+            let _ = Command::new("umount").args(["-l", point]).status();
+        }
+        new("cgroup ").for_each(|path| drop(fs::remove_dir(path)));
     }
 }
 
@@ -282,7 +278,7 @@ impl Drop for Case {
     fn drop(&mut self) {
         let left = self.leftovers();
         if !left.is_empty() {
-            self.clean_up(&left);
+            self.clean_up();
         }
         let removed = fs::remove_dir_all(&self.dir);
         if !std::thread::panicking() {

@@ -169,6 +169,9 @@ fn files(dir: &Path, lines: &mut BTreeSet<String>) {
     };
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
+        if path == Path::new("/run/mount") {
+            continue; // made by mount(8) when it is first used
+        }
         lines.insert(format!("file {}", path.display()));
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         if is_dir && device(&path) == device(dir) {

@@ -1,0 +1,259 @@
+//! The host's side: hooks, the cgroup that `config.json` names, `check`, and misuse of the command line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use caisson_tests::{Bundle, Case};
+use serde_json::{Value, json};
+
+/// A hook that appends its list's name, what it is told on stdin and where it runs to a file, as one line of JSON.
+fn recording(list: &str, file: &Path) -> Value {
+    let script = format!(
+        "printf '{{\"list\":\"%s\",\"word\":\"%s\",\"dir\":\"%s\",\"state\":%s}}\\n' {list} \"$WORD\" \"$(pwd -P)\" \"$(cat)\" >> {}",
+        file.display()
+    );
+    let env = ["WORD=spoken", "PATH=/usr/bin:/bin"];
+    json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": env})
+}
+
+fn failing(script: &str) -> Value {
+    json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
+}
+
+fn hooks(bundle: Bundle, hooks: Value) -> Bundle {
+    bundle.edit(move |spec| spec["hooks"] = hooks)
+}
+
+#[test]
+fn hooks_run_in_order_and_are_told_the_state() {
+    let case = Case::begin();
+    let file = case.dir().join("hooks");
+    let lists = ["prestart", "createRuntime", "poststart", "poststop"];
+    let all: serde_json::Map<_, _> = lists
+        .iter()
+        .map(|&list| (list.to_owned(), json!([recording(list, &file)])))
+        .collect();
+    let bundle = hooks(case.bundle().args(["true"]), all.into());
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.status, 0, "{outcome:?}");
+    let text = fs::read_to_string(&file).expect("no hook ran");
+    let told: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a line of JSON"))
+        .collect();
+    let order: Vec<_> = told
+        .iter()
+        .filter_map(|line| line["list"].as_str())
+        .collect();
+    assert_eq!(order, lists);
+    for line in &told {
+        assert_eq!(line["word"], "spoken", "{line}");
+        assert_eq!(line["state"]["bundle"], json!(bundle.dir()), "{line}");
+        assert!(line["state"]["ociVersion"].is_string(), "{line}");
+    }
+    assert_eq!(told[0]["state"]["status"], "creating");
+    assert_eq!(told[1]["state"]["status"], "creating");
+    assert!(told[1]["state"]["pid"].as_u64() > Some(0), "{}", told[1]);
+    assert_eq!(told[1]["dir"], json!(bundle.dir()));
+    assert_eq!(told[3]["state"]["status"], "stopped");
+    case.nothing_is_left();
+}
+
+#[test]
+fn a_hook_that_fails_ends_the_container_with_its_words() {
+    let case = Case::begin();
+    for list in ["prestart", "createRuntime", "poststart"] {
+        let hook = failing("echo in its own words >&2; exit 3");
+        let bundle = hooks(
+            case.bundle_in(list).args(["sleep", "1000"]),
+            json!({list: [hook]}),
+        );
+        case.run(&bundle).is_refusal("in its own words");
+        case.nothing_is_left();
+    }
+}
+
+#[test]
+fn a_hook_past_its_timeout_is_killed() {
+    let case = Case::begin();
+    let hook = json!({"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1});
+    let bundle = hooks(
+        case.bundle().args(["true"]),
+        json!({"createRuntime": [hook]}),
+    );
+    case.run(&bundle).is_refusal("ran past specified timeout");
+    case.nothing_is_left();
+}
+
+#[test]
+fn a_poststop_hook_that_fails_is_reported_and_changes_nothing() {
+    let case = Case::begin();
+    let bundle = hooks(
+        case.bundle().script("exit 42"),
+        json!({"poststop": [failing("echo too late >&2; exit 1")]}),
+    );
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.status, 42, "{outcome:?}");
+    assert!(outcome.stderr.contains("too late"), "{outcome:?}");
+    case.nothing_is_left();
+}
+
+/// A cgroup of the test's own, as an engine makes it for its containers; removed when dropped.
+struct Parent(PathBuf);
+
+impl Parent {
+    fn make() -> Self {
+        let path = format!("/sys/fs/cgroup/caisson-e2e-{}", std::process::id());
+        fs::create_dir(&path).expect("a cgroup");
+        Self(path.into())
+    }
+
+    /// `linux.cgroupsPath` of a child.
+    fn child(&self, name: &str) -> String {
+        let path = self.0.join(name);
+        path.to_string_lossy().replace("/sys/fs/cgroup", "")
+    }
+}
+
+impl Drop for Parent {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_container_lives_in_the_cgroup_that_config_json_names_within_its_limits() {
+    let case = Case::begin();
+    let parent = Parent::make();
+    let limit: u64 = 128 << 20;
+    let bundle = case.bundle().args(["sleep", "1000"]).edit(|spec| {
+        spec["linux"]["cgroupsPath"] = json!(parent.child("one"));
+        spec["linux"]["resources"]["memory"] = json!({"limit": limit});
+        spec["linux"]["resources"]["cpu"] =
+            json!({"quota": 150_000, "period": 100_000, "shares": 512, "cpus": "0", "mems": "0"});
+    });
+    case.start(&bundle, "one");
+    let read = |file: &str| fs::read_to_string(parent.0.join("one").join(file)).expect("cgroup");
+    let procs = read("cgroup.procs");
+    let pid = case.pid("one").as_raw_pid().to_string();
+    assert!(
+        procs.lines().any(|line| line == pid),
+        "{pid} is not in {procs:?}"
+    );
+    let memory: u64 = read("memory.max")
+        .trim()
+        .parse()
+        .expect("memory.max is not a number");
+    assert!((limit..=limit + (256 << 20)).contains(&memory), "{memory}");
+    let cpu = read("cpu.max");
+    let quota: u64 = cpu
+        .split(' ')
+        .next()
+        .and_then(|word| word.parse().ok())
+        .expect("a quota");
+    assert!((150_000..=200_000).contains(&quota), "{cpu}");
+    assert_eq!(read("cpuset.cpus").trim(), "0");
+    assert_ne!(read("cpu.weight").trim(), "100");
+    case.delete("one");
+    assert!(!parent.0.join("one").exists());
+}
+
+#[test]
+fn every_process_of_the_sandbox_is_in_its_cgroup() {
+    let Some(case) = Case::begin_with_vm("runc's container is one process") else {
+        return;
+    };
+    let parent = Parent::make();
+    let bundle = case
+        .bundle()
+        .args(["sleep", "1000"])
+        .edit(|spec| spec["linux"]["cgroupsPath"] = json!(parent.child("one")));
+    case.start(&bundle, "one");
+    let procs = fs::read_to_string(parent.0.join("one/cgroup.procs")).expect("cgroup");
+    assert_eq!(procs.lines().count(), 2, "monitor and VMM: {procs:?}");
+    case.delete("one");
+}
+
+#[test]
+fn a_cgroup_with_somebody_elses_processes_is_left_alone() {
+    let Some(case) = Case::begin_with_vm("runc 1.1 joins them") else {
+        return;
+    };
+    let parent = Parent::make();
+    let taken = parent.0.join("taken");
+    fs::create_dir(&taken).expect("a cgroup");
+    let script = format!(
+        "echo 0 > {}/cgroup.procs; echo inside; exec cat",
+        taken.display()
+    );
+    let other = case.program("sh").args(["-c", &script]);
+    let mut other = other.stdin(Stdio::piped()).stdout(Stdio::piped()).start();
+    assert_eq!(other.line(), "inside");
+    let bundle = case
+        .bundle()
+        .args(["true"])
+        .edit(|spec| spec["linux"]["cgroupsPath"] = json!(parent.child("taken")));
+    case.run(&bundle).is_refusal("not empty");
+    assert!(taken.exists());
+    drop(other.take_stdin());
+    other.finish();
+    fs::remove_dir(&taken).expect("an empty cgroup");
+}
+
+#[test]
+fn check_tells_a_host_that_can_from_one_that_cannot() {
+    let Some(case) = Case::begin_with_vm("runc has no such command") else {
+        return;
+    };
+    let outcome = case.call(["check"]).succeed();
+    let text = outcome.text();
+    for word in ["/dev/kvm", "API version 12", "cgroups", "can run caisson"] {
+        assert!(text.contains(word), "{word} is not in {text}");
+    }
+    let script = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
+    let outcome = case
+        .program("unshare")
+        .args(["-m", "sh", "-c", script, "sh"])
+        .args([caisson_tests::case::runtime()])
+        .args(["check"])
+        .finish();
+    assert_eq!(outcome.status, 1, "{outcome:?}");
+    assert!(
+        outcome.text().contains("MISSING /dev/kvm"),
+        "{}",
+        outcome.text()
+    );
+    assert!(
+        outcome.text().contains("cannot run caisson"),
+        "{}",
+        outcome.text()
+    );
+}
+
+#[test]
+fn misuse_of_the_command_line_is_told_as_runc_tells_it() {
+    let case = Case::begin();
+    for (args, status, words) in [
+        (
+            ["nosuchcommand", "", ""],
+            3,
+            "No help topic for 'nosuchcommand'",
+        ),
+        (["state", "", ""], 1, "requires exactly 1 argument(s)"),
+        (["state", "one", "two"], 1, "requires exactly 1 argument(s)"),
+        (["kill", "", ""], 1, "requires a minimum of 1 argument(s)"),
+        (
+            ["state", "--nosuchflag", "one"],
+            1,
+            "flag provided but not defined: -nosuchflag",
+        ),
+        (["list", "-f", "xml"], 1, "invalid format option"),
+    ] {
+        let args: Vec<_> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
+        let outcome = case.call([]).args(&args).finish();
+        outcome.is_refusal(words);
+        assert_eq!(outcome.status, status, "{args:?}");
+    }
+    case.nothing_is_left();
+}
