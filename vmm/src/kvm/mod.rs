@@ -17,9 +17,11 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY,
+};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::Entry;
 use crate::memory::Mem;
@@ -52,6 +54,8 @@ fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
 pub struct Vm {
     kvm: Kvm,
     vm: VmFd,
+    /// Takes the acknowledgements of all devices; nobody reads it.
+    acknowledged: EventFd,
     /// Kept because KVM has its address.
     _mem: Mem,
 }
@@ -69,6 +73,10 @@ impl Vm {
                 source,
             });
         }
+        let acknowledged = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(|error| KvmError {
+            step: "make an eventfd",
+            source: error.into(),
+        })?;
         let vm = kvm.create_vm().map_err(step("create a VM"))?;
         vm.set_tss_address(TSS_ADDR)
             .map_err(step("set the TSS address"))?;
@@ -93,6 +101,7 @@ impl Vm {
         Ok(Self {
             kvm,
             vm,
+            acknowledged,
             _mem: mem.clone(),
         })
     }
@@ -106,7 +115,12 @@ impl Vm {
         let notify = IoEventAddress::Mmio(base + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
         self.vm
             .register_ioevent(&link.kick, &notify, NoDatamatch)
-            .map_err(step("register a queue's doorbell"))
+            .map_err(step("register a queue's doorbell"))?;
+        // The acknowledgement of returned chains ends in the kernel, see `Line`.
+        let acknowledge = IoEventAddress::Mmio(base + u64::from(VIRTIO_MMIO_INTERRUPT_ACK));
+        self.vm
+            .register_ioevent(&self.acknowledged, &acknowledge, VIRTIO_MMIO_INT_VRING)
+            .map_err(step("register an interrupt's acknowledgement"))
     }
 
     /// Wires an eventfd to an interrupt.
