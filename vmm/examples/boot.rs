@@ -1,7 +1,7 @@
 //! Boots a kernel and an initramfs in the VMM and prints what it says: a small owner of a sandbox, for trying things
 //! out and for measuring. Needs `/dev/kvm`.
 //!
-//! `boot VMM KERNEL INITRAMFS [vcpus=N] [mem=MIB] [share=TAG:DIR] [net=TAP] [disk=FILE] [console] [huge=0] [deadline=MS] [words=...]`
+//! `boot VMM KERNEL INITRAMFS [vcpus=N] [mem=MIB] [share=TAG:DIR] [net=TAP] [disk=FILE] [console] [huge=0] [deadline=MS] [words=...] [counters=1] [pause]`
 //!
 //! Connections of the guest to port 1 are printed; to port 2, echoed; to port 3, swallowed and counted; from port 4, a
 //! GiB of a known pattern is sent to the guest; other ports are refused. `counters` are printed at the end.
@@ -89,6 +89,13 @@ fn main() -> Result<ExitCode> {
         match (event, socket) {
             (Event::Accepted { port }, Some(socket)) => {
                 println!("{:?} accepted port {port}", start.elapsed());
+                if options.iter().any(|option| option == "pause") {
+                    send(
+                        &ours,
+                        &serde_json::to_vec(&Request::Pause)?,
+                        SendFlags::empty(),
+                    )?;
+                }
                 if option("counters=") == Some("1") {
                     let ask = serde_json::to_vec(&Request::Counters)?;
                     send(&ours, &ask, SendFlags::empty())?;
@@ -98,6 +105,14 @@ fn main() -> Result<ExitCode> {
             (event @ Event::Ended { .. }, _) => {
                 println!("{:?} {event:?}", start.elapsed());
                 break;
+            }
+            (event @ Event::Paused, _) => {
+                println!("{:?} {event:?}", start.elapsed());
+                send(
+                    &ours,
+                    &serde_json::to_vec(&Request::Resume)?,
+                    SendFlags::empty(),
+                )?;
             }
             (event, _) => println!("{:?} {event:?}", start.elapsed()),
         }
