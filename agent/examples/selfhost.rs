@@ -840,14 +840,117 @@ impl Host {
         drop(open);
         let e = self.delete("k").await;
         self.check("and be deleted", e.is_ok(), &e);
-        for round in 0..20 {
+        self.namespaced().await;
+        self.preserved().await;
+        for round in 0..5 {
             let out = self.run(&sh("echo x"), b"").await;
             if out.stdout != "x" {
                 self.check(&format!("round {round}"), false, &out);
             }
         }
-        self.check("20 rounds", true, &());
+        self.check("5 rounds", true, &());
         self.many().await;
+    }
+
+    /// A further process in a container with every kind of namespace, and the end of one without a PID namespace.
+    async fn namespaced(&self) {
+        let mounts: Vec<Value> = base()["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .cloned()
+            .map(|mut m| {
+                if m["type"] == "cgroup" {
+                    m["options"] = json!(["rw", "nosuid", "noexec", "nodev"]);
+                }
+                m
+            })
+            .collect();
+        let spec = with(
+            sh("mkdir /sys/fs/cgroup/mine && echo delegated; while :; do sleep 0.1; done"),
+            json!({"mounts": mounts, "linux": {
+            "namespaces": [{"type":"pid"},{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network"},{"type":"user"},{"type":"cgroup"},{"type":"time"}],
+            "timeOffsets": {"boottime": {"secs": 100_000}},
+            "uidMappings": [{"containerID":0,"hostID":5000,"size":1000}], "gidMappings": [{"containerID":0,"hostID":5000,"size":1000}]}}),
+        );
+        let streams = self.streams(false);
+        let created = self.create("n", &spec, &streams).await;
+        self.check("all namespaces", created.is_ok(), &created);
+        if created.is_err() {
+            return;
+        }
+        let mut open = streams.open().await;
+        let _ = self.start("n").await;
+        let mut line = [0; 10];
+        open.stdout.read_exact(&mut line).await.unwrap();
+        self.check("the cgroup is delegated", &line == b"delegated\n", &line);
+        let process = json!({"args": ["/bin/sh", "-c", "id -u; tr -s ' ' < /proc/self/uid_map; cat /proc/self/cgroup; cut -d. -f1 /proc/uptime | awk '{print ($1 > 86400)}'; ls -l /proc/self/ns /proc/1/ns | awk '/->/{print $NF}' | sort | uniq -c | awk '{print $1}' | sort -u"]});
+        let out = self.exec("n", "x", &process, b"").await;
+        self.check(
+            "exec into all namespaces",
+            out.stdout == "0\n 0 5000 1000\n0::/\n1\n2\n4",
+            &out,
+        );
+        let tty = json!({"terminal": true, "user": {"uid": 3, "gid": 4}, "args": ["/bin/sh", "-c", "stat -c %u $(tty); echo x > /dev/tty"]});
+        let out = self.exec("n", "t", &tty, b"").await;
+        self.check(
+            "a terminal of another user",
+            out.stdout.replace('\r', "") == "3\nx",
+            &out,
+        );
+        let _ = self.kill("n", "", 9, false).await;
+        self.wait("n", "").await;
+        let e = self.delete("n").await;
+        self.check("its cgroups go", e.is_ok(), &e);
+        let spec = with(
+            sh("sleep 1000 & echo left"),
+            json!({"linux": {"namespaces": [{"type":"mount"},{"type":"uts"},{"type":"ipc"}]}}),
+        );
+        let out = self.run(&spec, b"");
+        let out = tokio::time::timeout(Duration::from_secs(30), out).await;
+        self.check(
+            "no PID namespace, and all end with init",
+            out.as_ref().is_ok_and(|o| o.stdout == "left"),
+            &out,
+        );
+    }
+
+    /// Descriptors from 3 upwards go both ways.
+    async fn preserved(&self) {
+        let (streams, extra) = (self.streams(false), self.streams(false));
+        let request = CreateContainerRequest {
+            container_id: "p".to_owned(),
+            spec: serde_json::to_vec(&with(
+                base(),
+                sh("ls /proc/self/fd | tr '\\n' ' '; read line <&3; echo got $line >&4"),
+            ))
+            .unwrap(),
+            stdio: Some(streams.stdio.clone()).into(),
+            preserved_ports: vec![extra.stdio.stdin_port, extra.stdio.stdout_port],
+            ..Default::default()
+        };
+        let created = self
+            .agent
+            .create_container(context(), &request)
+            .await
+            .map_err(text);
+        self.check("preserved descriptors", created.is_ok(), &created);
+        let mut open = streams.open().await;
+        let mut three = extra.listeners[0].accept().await.unwrap().0;
+        let mut four = extra.listeners[1].accept().await.unwrap().0;
+        let _ = self.start("p").await;
+        three.write_all(b"words\n").await.unwrap();
+        let mut got = String::new();
+        four.read_to_string(&mut got).await.unwrap();
+        let mut seen = String::new();
+        open.stdout.read_to_string(&mut seen).await.unwrap();
+        self.wait("p", "").await;
+        self.check(
+            "go both ways",
+            got == "got words\n" && seen == "0 1 2 3 4 5 ",
+            &(got, seen),
+        );
+        let _ = self.delete("p").await;
     }
 
     async fn many(&self) {

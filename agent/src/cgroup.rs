@@ -59,6 +59,14 @@ pub enum CgroupError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// The cgroup could not be given to the container's root.
+    #[error("chown {path}")]
+    Delegate {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// The directory could not be removed.
     #[error("remove cgroup {path}")]
     Remove {
@@ -143,6 +151,20 @@ impl Cgroup {
             }
             other => other,
         }
+    }
+
+    /// Gives the cgroup to a user namespace's root: its directory and the files that a delegate may write.
+    pub fn delegate(&self, uid: u32) -> Result<(), CgroupError> {
+        let failed = |path: PathBuf| move |source| CgroupError::Delegate { path, source };
+        let list = fs::read_to_string("/sys/kernel/cgroup/delegate").unwrap_or_default();
+        let files = list
+            .lines()
+            .map(|name| self.path.join(name))
+            .filter(|path| path.exists());
+        for path in std::iter::once(self.path.clone()).chain(files) {
+            std::os::unix::fs::chown(&path, Some(uid), None).map_err(failed(path))?;
+        }
+        Ok(())
     }
 
     /// The cgroup's directory.

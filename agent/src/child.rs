@@ -158,6 +158,8 @@ fn carry_out(inherited: Inherited, ready: &mut bool) -> Result<(), ChildError> {
         .step(|| "read the plan".to_owned())?;
     drop(file);
     let plan: ChildPlan = serde_json::from_slice(&text).step(|| "parse the plan".to_owned())?;
+    // An exec is a guest of a container that is ready already.
+    *ready = plan.container.is_none();
     let Some(sources) = enter::enter(&plan, init, &control)? else {
         return Ok(());
     };
@@ -172,8 +174,6 @@ fn become_process(
     preserved: Vec<OwnedFd>,
     ready: &mut bool,
 ) -> Result<(), ChildError> {
-    // An exec is a guest of a container that is ready already.
-    *ready = plan.container.is_none();
     enter::settle(&plan)?;
     let keyring = CString::new(format!("_ses.{}", plan.container_id)).unwrap_or_default();
     sys::join_session_keyring(&keyring).step(|| "join session keyring".to_owned())?;

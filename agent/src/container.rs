@@ -146,6 +146,7 @@ fn cgroup_name(id: &str) -> Result<String, ContainerError> {
 struct Planned {
     child: ChildPlan,
     settings: Vec<crate::cgroup::Setting>,
+    cgroup_owner: Option<u32>,
     devices: Option<Vec<u64>>,
     filter: Option<Filter>,
     personality: Option<LinuxPersonality>,
@@ -170,16 +171,19 @@ fn plan(request: &CreateContainerRequest, preserved: u32) -> Result<Planned, Con
         .unwrap_or_default();
     let devices = crate::devices::compile(rules)?;
     let settings = resources.map_or(Ok(Vec::new()), plan::resources::plan)?;
+    let container = plan::container(&spec, &request.bundle)?;
+    let cgroup_owner = plan::namespaces::cgroup_owner(&spec, &container.mounts);
     let child = ChildPlan {
         container_id: request.container_id.clone(),
         cgroup: Path::new(HIERARCHY).join(cgroup_name(&request.container_id)?),
         namespaces: plan::namespaces::plan(&spec)?,
-        container: Some(plan::container(&spec, &request.bundle)?),
+        container: Some(container),
         process,
     };
     Ok(Planned {
         child,
         settings,
+        cgroup_owner,
         devices,
         filter,
         personality,
@@ -197,6 +201,7 @@ impl Container {
         let Planned {
             child,
             settings,
+            cgroup_owner,
             devices,
             filter,
             personality,
@@ -215,6 +220,12 @@ impl Container {
             cgroup: Arc::clone(&cgroup),
             init: None,
         };
+        if let Some(uid) = cgroup_owner
+            && let Err(error) = cgroup.delegate(uid)
+        {
+            cgroup.remove().await?;
+            return Err(error.into());
+        }
         match spawn(&child, around, child_ends, our_ends).await {
             Ok((process, parked)) => Ok(Self {
                 id: request.container_id.clone(),

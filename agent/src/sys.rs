@@ -80,17 +80,24 @@ struct CloneArgs {
 /// `CLONE_INTO_CGROUP`, clone3(2).
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// A fork of this single-threaded process as its sibling (`CLONE_PARENT`), into new namespaces and another cgroup.
+/// A fork of this single-threaded process as its sibling (`CLONE_PARENT`), into new namespaces and, if
+/// given, another cgroup.
 ///
 /// Returns the new process's identifier as the caller sees it, and `None` in the new process.
 pub(crate) fn fork_sibling(
     namespaces: u64,
-    cgroup: BorrowedFd<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<Option<rustix::process::Pid>> {
-    let cgroup = u64::try_from(cgroup.as_raw_fd()).map_err(io::Error::other)?;
+    let into = if cgroup.is_some() {
+        CLONE_INTO_CGROUP
+    } else {
+        0
+    };
+    let cgroup = cgroup.map_or(Ok(0), |fd| u64::try_from(fd.as_raw_fd()));
+    let cgroup = cgroup.map_err(io::Error::other)?;
     let parent = u64::from(libc::CLONE_PARENT.unsigned_abs());
     let args = CloneArgs {
-        flags: namespaces | parent | CLONE_INTO_CGROUP,
+        flags: namespaces | parent | into,
         cgroup,
         ..CloneArgs::default()
     };

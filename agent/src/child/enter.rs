@@ -62,6 +62,14 @@ pub(super) fn enter(
             write.step(|| "write timens_offsets".to_owned())?;
         }
     }
+    // Once in a user namespace this process has no right to put anything into the cgroup: it goes there first then, and
+    // the second is born where it is.
+    let joins_user =
+        namespaces.join_init & USER != 0 || namespaces.join.iter().any(|(kind, _)| *kind == USER);
+    if joins_user {
+        let write = fs::write(plan.cgroup.join("cgroup.procs"), "0");
+        write.step(|| format!("join cgroup {}", plan.cgroup.display()))?;
+    }
     join(namespaces, init)?;
     let gate = if namespaces.create & USER == 0 {
         None
@@ -69,7 +77,9 @@ pub(super) fn enter(
         Some(pipe_with(PipeFlags::CLOEXEC).step(|| "pipe".to_owned())?)
     };
     let fork = u64::from(namespaces.create & !(CGROUP | TIME));
-    match sys::fork_sibling(fork, cgroup.as_fd()).step(|| "clone".to_owned())? {
+    match sys::fork_sibling(fork, (!joins_user).then(|| cgroup.as_fd()))
+        .step(|| "clone".to_owned())?
+    {
         None => {
             if let Some((opened, ours)) = gate {
                 drop(ours);

@@ -74,6 +74,22 @@ pub fn require_uts(spec: &Spec, asked: bool, what: &str) -> Result<(), PlanError
     Ok(())
 }
 
+/// The guest's user that owns the container's cgroup, if that is to be the container's root: in a user namespace and a
+/// cgroup namespace of its own, with the hierarchy mounted for writing (as in runc since 1.1).
+pub fn cgroup_owner(spec: &Spec, mounts: &[super::mounts::MountPlan]) -> Option<u32> {
+    let own = |kind| entry(spec, kind).is_some_and(|n| n.path().is_none());
+    let writable = mounts.iter().any(|m| {
+        m.kind.starts_with("cgroup") && m.attributes.set & super::mounts::attribute::RDONLY == 0
+    });
+    if !(own(Kind::User) && own(Kind::Cgroup) && writable) {
+        return None;
+    }
+    let maps = spec.linux().as_ref()?.uid_mappings().as_ref()?;
+    maps.iter()
+        .find(|m| m.container_id() == 0)
+        .map(LinuxIdMapping::host_id)
+}
+
 /// Plans the namespaces of a container's init process.
 pub fn plan(spec: &Spec) -> Result<NamespacePlan, PlanError> {
     let mut plan = NamespacePlan::default();
@@ -208,6 +224,22 @@ mod tests {
         .unwrap();
         assert_eq!(plan.uid_map, "0 1000 5\n5 1 1\n");
         assert_eq!(plan.gid_map, "0 7 5\n");
+    }
+
+    #[test]
+    fn the_cgroup_is_given_to_a_root_that_may_write_it() {
+        let owner = |option: &str| {
+            let json = format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{{"type":"user"}},{{"type":"cgroup"}}],
+                "uidMappings":[{{"containerID":0,"hostID":1000,"size":5}}]}},
+                "mounts":[{{"destination":"/sys/fs/cgroup","type":"cgroup","options":["{option}"]}}]}}"#
+            );
+            let spec = super::super::parse(json.as_bytes()).unwrap();
+            let mounts = super::super::mounts::plan(spec.mounts().as_deref().unwrap()).unwrap();
+            cgroup_owner(&spec, &mounts)
+        };
+        assert_eq!(owner("rw"), Some(1000));
+        assert_eq!(owner("ro"), None);
     }
 
     #[test]
