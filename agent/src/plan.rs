@@ -16,7 +16,7 @@ pub mod sysctl;
 
 use mounts::MountPlan;
 use namespaces::NamespacePlan;
-use oci_spec::runtime::{LinuxDeviceType, Spec};
+use oci_spec::runtime::{Linux, LinuxDeviceType, Spec};
 use process::ProcessPlan;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -224,10 +224,8 @@ pub fn container(spec: &Spec, bundle: &str) -> Result<ContainerPlan, PlanError> 
     let domainname = spec.domainname().clone().filter(|d| !d.is_empty());
     namespaces::require_uts(spec, hostname.is_some(), "hostname")?;
     namespaces::require_uts(spec, domainname.is_some(), "domainname")?;
-    if linux.is_some_and(|l| l.intel_rdt().is_some()) {
-        return Err(PlanError::Unsupported {
-            feature: "linux.intelRdt in a guest".to_owned(),
-        });
+    if let Some(linux) = linux {
+        refuse_host_hardware(linux)?;
     }
     Ok(ContainerPlan {
         rootfs: root.path().clone(),
@@ -263,6 +261,24 @@ pub fn container(spec: &Spec, bundle: &str) -> Result<ContainerPlan, PlanError> 
             .into_iter()
             .collect(),
     })
+}
+
+/// What a guest cannot give, because it is a matter of the host's hardware or network.
+fn refuse_host_hardware(linux: &Linux) -> Result<(), PlanError> {
+    let asked = [
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        (
+            "linux.netDevices",
+            linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()),
+        ),
+    ];
+    match asked.iter().find(|(_, asked)| *asked) {
+        Some((name, _)) => Err(PlanError::Unsupported {
+            feature: format!("{name} in a guest"),
+        }),
+        None => Ok(()),
+    }
 }
 
 fn devices(spec: &Spec) -> Result<Vec<DevicePlan>, PlanError> {
@@ -384,6 +400,23 @@ mod tests {
         let json = r#"{"ociVersion":"1.0.2","root":{"path":"/r"},"hostname":"h",
                        "linux":{"namespaces":[{"type":"uts"}]}}"#;
         assert_eq!(plan(json).unwrap().hostname.as_deref(), Some("h"));
+    }
+
+    #[test]
+    fn what_is_the_hosts_hardware_is_refused_by_name() {
+        for (field, value) in [
+            ("intelRdt", r#"{"closID":"x"}"#),
+            ("memoryPolicy", r#"{"mode":"MPOL_BIND","nodes":"0"}"#),
+            ("netDevices", r#"{"eth0":{}}"#),
+        ] {
+            let json = format!(
+                r#"{{"ociVersion":"1.0.2","root":{{"path":"/r"}},"linux":{{"{field}":{value}}}}}"#
+            );
+            assert_eq!(
+                message(&json),
+                format!("linux.{field} in a guest is not supported")
+            );
+        }
     }
 
     #[test]

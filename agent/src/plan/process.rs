@@ -116,6 +116,11 @@ pub fn plan(
         });
     }
     refuse_labels(process)?;
+    if process.exec_cpu_affinity().is_some() {
+        // The numbers are the host's; the guest's CPUs have others.
+        let feature = "process.execCPUAffinity in a guest".to_owned();
+        return Err(PlanError::Unsupported { feature });
+    }
     let sets = process.capabilities().as_ref();
     let user = process.user();
     Ok(ProcessPlan {
