@@ -1,14 +1,15 @@
 //! What the guest may keep in its caches, and for how long, so that it sees what others do to the share.
 //!
-//! Contract: whoever else changes the share (the host, another sandbox) is seen by the guest as under runc, by asking the
-//! host again, except where that is too dear. A question is a round trip of some 70,000 instructions, and the guest's
-//! kernel asks for each component of a path, for each `fstat` and for each `read`. So:
-//! - names of files and symbolic links are never trusted from a cache, and neither is their absence: a path leads to
-//!   what is there now, with its size and times as they are now;
+//! Contract: whoever else changes the share (the host, another sandbox) is seen by the guest as under runc, by asking
+//! the host again, except where that is too dear. A question is a round trip of some 50,000 instructions, and the
+//! guest's kernel asks for each component of a path, for each `fstat` and for each `read`. So:
+//! - names of files and symbolic links are not trusted from a cache, and neither is their absence: a path leads to what
+//!   is there now, with its size and times as they are now;
 //! - what has been quiet for [`SETTLED`] may be believed for one tick of the guest's clock (10 to 20 ms at 100 Hz): the
-//!   attributes of a file, the attributes and the name of a directory. Within that time a descriptor that is open
-//!   already may read the old length of a file that starts to change, and a path may lead through a directory that is
-//!   being moved away. What did change in the last seconds is asked for again each time;
+//!   attributes of a file, the attributes and the name of a directory, and the names that a listing just gave. Within
+//!   that time a descriptor that is open already may read the old length of a file that starts to change, and a path
+//!   may lead through a directory that is being moved away; a listed file that is gone is noticed when it is opened.
+//!   What did change in the last seconds is asked for again each time;
 //! - cached pages survive an `open` (`KEEP_CACHE`) only if the file's status change time is the one that the guest's
 //!   pages were known to match, and is settled: it cannot be set back, and a change within the clock's granularity of
 //!   the last one would not show in it. Pages are also dropped whenever the guest learns of another size or time of

@@ -12,6 +12,7 @@
 //! Delegation is written out for every method of the trait, so that no default of the trait is taken by accident.
 //! Threads: any number at once.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::io;
 use std::sync::Arc;
@@ -31,6 +32,11 @@ use super::pins::Pins;
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
+
+thread_local! {
+    /// Whether the request at hand has read a directory: what is looked up then are its entries (READDIRPLUS).
+    static LISTING: Cell<bool> = const { Cell::new(false) };
+}
 
 /// virtiofsd's file system behind the checks of this file. Clones share it.
 #[derive(Clone)]
@@ -52,11 +58,16 @@ impl Guard {
         }))
     }
 
+    /// The calling thread takes up another request.
+    pub(super) fn begin(&self) {
+        LISTING.set(false);
+    }
+
     /// Remembers what the guest learns from an entry, and sets how long it may believe it.
     fn entry(&self, mut entry: Entry) -> Entry {
         (entry.attr, entry.attr_timeout) = self.attributes(entry.inode, entry.attr);
         let directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
-        entry.entry_timeout = if directory {
+        entry.entry_timeout = if directory || LISTING.get() {
             entry.attr_timeout
         } else {
             Duration::ZERO
@@ -473,6 +484,7 @@ impl FileSystem for Guard {
         size: u32,
         offset: u64,
     ) -> io::Result<Self::DirIter> {
+        LISTING.set(true);
         self.0.fs.readdir(ctx, inode, handle, size, offset)
     }
 

@@ -1,10 +1,10 @@
 //! Files that the guest removes while it may still use them.
 //!
 //! Contract: a file handle does not keep a file alive, as a descriptor would. So before the last name of a file or
-//! directory goes (unlink, rmdir, rename over it), a descriptor is opened on it, and closed when the guest has forgotten
-//! the node. The guest can then open what it looked up a moment ago, ask for attributes through an O_PATH descriptor
-//! and stay in a removed directory, as on any local file system. What others remove is answered with ESTALE; the
-//! guest's kernel looks the path up once more then.
+//! directory goes (unlink, rmdir, rename over it), a descriptor is opened on it, and closed when the guest has
+//! forgotten the node. The guest can then open what it looked up a moment ago, ask for attributes through an O_PATH
+//! descriptor and stay in a removed directory, as on any local file system. What others remove is answered with
+//! ESTALE; the guest's kernel looks the path up once more then.
 //! Bounded: by the guest's memory of removed files, and by the descriptors it may have.
 //! Only regular files and directories: virtiofsd opens no others.
 

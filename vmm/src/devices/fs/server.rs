@@ -99,6 +99,7 @@ impl FsServer {
                 "a virtio-fs request or reply above its limit",
             ));
         }
+        self.guard.begin();
         let written = self
             .server
             .handle_message::<()>(reader, writer, None)

@@ -77,13 +77,21 @@ struct Guest {
     share: PathBuf,
 }
 
-/// Runs `test` as a guest of a share that has a directory beside it, on a thread that serves it.
+/// Runs `test` as a guest of a share that has a directory beside it.
 fn guest(test: impl FnOnce(&mut Guest) + Send + 'static) {
     let dir = tempfile::tempdir().unwrap();
     let share = dir.path().join("share");
     fs::create_dir(&share).unwrap();
     fs::write(share.join("inside.txt"), "hello from the host\n").unwrap();
     fs::write(dir.path().join("outside.txt"), "secret").unwrap();
+    guest_of(share, test);
+    assert_eq!(fs::read(dir.path().join("outside.txt")).unwrap(), b"secret");
+    let beside = fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(beside, 2, "something was made or removed beside the share");
+}
+
+/// Runs `test` as a guest of `share`, on a thread that serves it.
+fn guest_of(share: PathBuf, test: impl FnOnce(&mut Guest) + Send + 'static) {
     let root: OwnedFd = fs::File::open(&share).unwrap().into();
     let serving = std::thread::spawn(move || {
         thread::enter(&root).unwrap();
@@ -96,9 +104,6 @@ fn guest(test: impl FnOnce(&mut Guest) + Send + 'static) {
         });
     });
     serving.join().unwrap();
-    assert_eq!(fs::read(dir.path().join("outside.txt")).unwrap(), b"secret");
-    let beside = fs::read_dir(dir.path()).unwrap().count();
-    assert_eq!(beside, 2, "something was made or removed beside the share");
 }
 
 impl Guest {
@@ -227,6 +232,42 @@ fn what_the_host_changes_is_seen_by_the_next_request() {
             &[0; 24],
             "a directory that just changed is not cached"
         );
+    });
+}
+
+#[test]
+fn what_is_quiet_is_believed_for_a_tick() {
+    // The package's own sources: older than two seconds, or they could not have been compiled.
+    guest_of(env!("CARGO_MANIFEST_DIR").into(), |guest| {
+        guest.init();
+        let times = |entry: &[u8]| (u32_at(entry, 32), u32_at(entry, 36));
+        let (_, file) = guest.lookup(ROOT, b"Cargo.toml").unwrap();
+        assert_eq!(times(&file), (0, 1), "a name is asked for each time");
+        let (_, dir) = guest.lookup(ROOT, b"src").unwrap();
+        assert_eq!(times(&dir), (1, 1));
+        let (_, reply) = guest.call(OPENDIR, ROOT, &[&[0; 8]]);
+        let handle = u64_at(&reply, 0);
+        let body = [longs(&[handle, 0]), words(&[4096, 0]), vec![0; 16]].concat();
+        let (_, list) = guest.call(READDIRPLUS, ROOT, &[&body]);
+        let mut at = 0;
+        while at < list.len() {
+            let known = u64_at(&list, at) != 0; // not `.` and `..`
+            assert_eq!(times(&list[at..]), if known { (1, 1) } else { (0, 0) });
+            let name = u32_at(&list, at + ENTRY_BYTES + 16) as usize;
+            at += ENTRY_BYTES + (24 + name).next_multiple_of(8);
+        }
+        let (_, file) = guest.lookup(ROOT, b"Cargo.toml").unwrap();
+        assert_eq!(times(&file), (0, 1), "after a listing as well");
+    });
+}
+
+#[test]
+fn pages_of_a_quiet_file_are_kept_from_its_second_open() {
+    guest_of(env!("CARGO_MANIFEST_DIR").into(), |guest| {
+        guest.init();
+        let (node, _) = guest.lookup(ROOT, b"Cargo.toml").unwrap();
+        let kept = [(); 3].map(|()| guest.open(node, libc::O_RDONLY).1 & 2 != 0);
+        assert_eq!(kept, [false, true, true]);
     });
 }
 

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::Mode;
-use rustix::process::{Resource, fchdir, getrlimit, setrlimit, umask};
+use rustix::process::{Resource, Rlimit, fchdir, getrlimit, setrlimit, umask};
 use rustix::thread::{CapabilitiesSecureBits, UnshareFlags, set_capabilities_secure_bits};
 
 /// Makes the calling thread one that serves the directory `root`.
@@ -37,18 +37,45 @@ fn unshare_fs() -> io::Result<()> {
     Ok(())
 }
 
+/// As many descriptors as a kernel allows a process by default (`fs.nr_open`); a privileged process gets them whatever
+/// its limit was.
+const MOST_DESCRIPTORS: u64 = 1 << 20;
+
 /// Lets the process have as many descriptors as the host allows, and returns that number.
 pub(super) fn raise_descriptor_limit() -> u64 {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // Up to the hard limit is always allowed; if not, the old one stays.
-    let _ = setrlimit(Resource::Nofile, limit);
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < MOST_DESCRIPTORS) {
+        let most = Rlimit {
+            current: Some(MOST_DESCRIPTORS),
+            maximum: Some(MOST_DESCRIPTORS),
+        };
+        let hard = Rlimit {
+            current: maximum,
+            maximum,
+        };
+        // Up to the hard limit is always allowed; beyond it, with CAP_SYS_RESOURCE.
+        let _ = setrlimit(Resource::Nofile, most).or_else(|_| setrlimit(Resource::Nofile, hard));
+    }
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_limit_of_descriptors_is_at_least_the_hard_one() {
+        let hard = getrlimit(Resource::Nofile).maximum;
+        let limit = raise_descriptor_limit();
+        assert!(
+            limit >= hard.unwrap_or(MOST_DESCRIPTORS).min(MOST_DESCRIPTORS),
+            "{limit}"
+        );
+        assert_eq!(
+            getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
+            limit
+        );
+    }
 
     #[test]
     fn a_serving_thread_changes_nothing_for_the_others() {
