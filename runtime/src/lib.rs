@@ -21,6 +21,7 @@ pub mod sandbox;
 pub mod share;
 pub mod signals;
 pub mod sizing;
+mod spawn;
 pub mod state;
 pub mod stdio;
 pub mod terminal;

@@ -119,24 +119,60 @@ impl Share {
         Ok(())
     }
 
-    /// Stops sharing a container's files, while the sandbox lives on.
+    /// Stops sharing a container's files, while the sandbox lives on. What cannot be unmounted is an error, and nothing
+    /// is ever removed recursively: below a mount point that is still mounted lie the user's own files.
     pub fn remove(&self, id: &str) -> Result<(), ShareError> {
         let container = self.path.join(id);
         let mounts = container.join("mounts");
-        let mut points = vec![container.join("rootfs")];
-        if let Ok(entries) = fs::read_dir(&mounts) {
-            points.extend(entries.flatten().map(|entry| entry.path()));
+        for entry in entries(&mounts)? {
+            remove_mount_point(&entry)?;
         }
-        for point in &points {
-            // What is not a mount point (any more) needs no unmounting.
-            let _ = rustix::mount::unmount(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        remove_empty(&mounts)?;
+        remove_mount_point(&container.join("rootfs"))?;
+        remove_empty(&container)
+    }
+}
+
+/// The paths in a directory; none if it does not exist.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, ShareError> {
+    match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        listing => {
+            let all = at("list", dir, listing)?;
+            at("list", dir, all.map(|entry| Ok(entry?.path())).collect())
         }
-        match fs::remove_dir_all(&container) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                at("remove", &container, Err(error))
-            }
-            _ => Ok(()),
+    }
+}
+
+/// Unmounts everything that is stacked on a mount point, then removes the point itself: an empty directory or file of
+/// the shared directory's own file system.
+fn remove_mount_point(point: &Path) -> Result<(), ShareError> {
+    loop {
+        match rustix::mount::unmount(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            // Not mounted (any more), or not there.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => break,
+            Err(errno) => return at("unmount", point, Err(errno.into())),
         }
+    }
+    match fs::symlink_metadata(point) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(meta) if meta.is_dir() => remove_empty(point),
+        // A mount point for a file is a file of no bytes; one with contents is not ours.
+        Ok(meta) if meta.len() == 0 => at("remove", point, fs::remove_file(point)),
+        Ok(_) => at(
+            "remove",
+            point,
+            Err(io::ErrorKind::DirectoryNotEmpty.into()),
+        ),
+        Err(error) => at("remove", point, Err(error)),
+    }
+}
+
+fn remove_empty(dir: &Path) -> Result<(), ShareError> {
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => at("remove", dir, done),
     }
 }
 
@@ -247,10 +283,33 @@ mod tests {
     #[test]
     fn removing_what_was_never_shared_is_fine() {
         let dir = tempfile::tempdir().unwrap();
-        Share {
+        let share = std::mem::ManuallyDrop::new(Share {
             path: dir.path().to_owned(),
-        }
-        .remove("c1")
-        .unwrap();
+        });
+        share.remove("c1").unwrap();
+    }
+
+    #[test]
+    fn nothing_below_a_mount_point_is_ever_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = std::mem::ManuallyDrop::new(Share {
+            path: dir.path().to_owned(),
+        });
+        // As after an unmount that did not happen: the user's files are still there.
+        let rootfs = dir.path().join("c1/rootfs");
+        fs::create_dir_all(rootfs.join("etc")).unwrap();
+        fs::write(rootfs.join("etc/passwd"), "root").unwrap();
+        fs::create_dir_all(dir.path().join("c1/mounts")).unwrap();
+        assert!(share.remove("c1").is_err());
+        assert_eq!(
+            fs::read_to_string(rootfs.join("etc/passwd")).unwrap(),
+            "root"
+        );
+        // And the mount points themselves, empty as they are made, go.
+        fs::remove_dir_all(rootfs.join("etc")).unwrap();
+        fs::create_dir_all(dir.path().join("c1/mounts/3")).unwrap();
+        fs::write(dir.path().join("c1/mounts/4"), "").unwrap();
+        share.remove("c1").unwrap();
+        assert!(!dir.path().join("c1").exists());
     }
 }

@@ -9,24 +9,22 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, OwnedFd},
-    os::unix::process::CommandExt,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    process::{Child, ChildStderr, Command, Stdio},
     time::Duration,
 };
 
 use caisson_agent_api::SHARE_TAG;
 use caisson_vmm_spec::{Cause, Event, Fd, MemorySpec, MiB, Request, SPEC_FD, ShareSpec, VmSpec};
-use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags},
-    process::{Pid, PidfdFlags, pidfd_open},
+    pipe::{PipeFlags, pipe_with},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     packet::{self, PacketError, Packets},
+    spawn::{Child, spawn},
     text::one_line,
     watched::watch,
 };
@@ -59,6 +57,8 @@ pub struct Machine<'a> {
     pub console: Option<OwnedFd>,
     /// A locked file that the VMM holds open and never uses: whoever gets its lock knows that the process is gone.
     pub alive: Option<OwnedFd>,
+    /// The directory of the cgroup in which the process begins its life.
+    pub cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// Why a VM could not be started or spoken to.
@@ -113,20 +113,12 @@ pub struct Vmm {
     process: Process,
 }
 
-/// The child itself: killed and reaped when dropped.
+/// The child itself and what it says at last.
 #[derive(Debug)]
 struct Process {
     child: Child,
     exited: AsyncFd<OwnedFd>,
-    last_words: Option<ChildStderr>,
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Both fail only if the child has been reaped already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+    last_words: File,
 }
 
 impl Vmm {
@@ -160,7 +152,7 @@ impl Vmm {
         if let Some(alive) = machine.alive {
             files.add(alive);
         }
-        let process = Process::start(machine.program, files.with_spec(&spec)?)?;
+        let process = Process::start(machine.program, files.with_spec(&spec)?, machine.cgroup)?;
         let control = Packets::new(ours).map_err(|source| VmmError::Host {
             step: "watch the VMM's socket",
             source,
@@ -170,7 +162,7 @@ impl Vmm {
 
     /// The process, for the host's cgroup and for people.
     pub fn pid(&self) -> u32 {
-        self.process.child.id()
+        self.process.child.pid()
     }
 
     /// The next event with its descriptor; `None` once the VMM has closed the socket. Safe to cancel.
@@ -186,8 +178,7 @@ impl Vmm {
 
     /// Ends the process now, whatever it is doing.
     pub fn kill(&mut self) {
-        // Fails only if it has ended already.
-        let _ = self.process.child.kill();
+        self.process.child.kill();
     }
 
     /// Waits for the process to end, kills it after `patience`, and tells why it ended if it did not say so itself.
@@ -202,7 +193,7 @@ impl Vmm {
         let status = self.process.child.wait();
         let words = self.process.last_words();
         let how = match status {
-            Ok(status) => status.to_string(),
+            Ok(how) => how,
             Err(error) => error.to_string(),
         };
         let message = if words.is_empty() {
@@ -219,41 +210,29 @@ impl Vmm {
 }
 
 impl Process {
-    fn start(program: &Path, files: Vec<FdMapping>) -> Result<Self, VmmError> {
-        let failed = |source| VmmError::Start {
+    fn start(
+        program: &Path,
+        mut files: Vec<(OwnedFd, i32)>,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> Result<Self, VmmError> {
+        let host = |step| move |source| VmmError::Host { step, source };
+        let (last_words, stderr) = pipe_with(PipeFlags::CLOEXEC)
+            .map_err(|errno| host("make a pipe for the VMM")(errno.into()))?;
+        files.push((stderr, 2));
+        let child = spawn(program, files, cgroup).map_err(|source| VmmError::Start {
             path: program.to_owned(),
             source,
-        };
-        let mut command = Command::new(program);
-        command
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            // Signals that a terminal sends to the owner's group are the owner's to deal with.
-            .process_group(0);
-        command
-            .fd_mappings(files)
-            .map_err(|_| failed(io::Error::from(io::ErrorKind::InvalidInput)))?;
-        let mut child = command.spawn().map_err(failed)?;
-        let last_words = child.stderr.take();
-        let exited = watch_exit(&child);
-        match exited {
-            Ok(exited) => Ok(Self {
-                child,
-                exited,
-                last_words,
-            }),
-            Err(source) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(VmmError::Host {
-                    step: "watch the VMM's end",
-                    source,
-                })
-            }
-        }
+        })?;
+        let exited = child
+            .descriptor()
+            .try_clone_to_owned()
+            .and_then(|process| watch(process, Interest::READABLE))
+            .map_err(host("watch the VMM's end"))?;
+        Ok(Self {
+            child,
+            exited,
+            last_words: last_words.into(),
+        })
     }
 
     async fn exited(&self) {
@@ -264,22 +243,12 @@ impl Process {
 
     fn last_words(&mut self) -> String {
         let mut bytes = Vec::new();
-        if let Some(pipe) = self.last_words.take() {
-            // The writer is gone, so this ends; without an end there is nothing to report either.
-            let _ = pipe
-                .take(MAX_LAST_WORDS_BYTES as u64)
-                .read_to_end(&mut bytes);
-        }
+        // The writer is gone, so this ends; without an end there is nothing to report either.
+        let _ = (&mut self.last_words)
+            .take(MAX_LAST_WORDS_BYTES as u64)
+            .read_to_end(&mut bytes);
         one_line(&String::from_utf8_lossy(&bytes), MAX_LAST_WORDS_BYTES)
     }
-}
-
-fn watch_exit(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-    watch(pidfd_open(pid, PidfdFlags::empty())?, Interest::READABLE)
 }
 
 fn open(what: &'static str, path: &Path, access: OFlags) -> Result<OwnedFd, VmmError> {
@@ -294,21 +263,18 @@ fn open(what: &'static str, path: &Path, access: OFlags) -> Result<OwnedFd, VmmE
 
 /// The descriptors that the child inherits, numbered upwards from the one after [`SPEC_FD`].
 #[derive(Debug, Default)]
-struct Files(Vec<FdMapping>);
+struct Files(Vec<(OwnedFd, i32)>);
 
 impl Files {
-    fn add(&mut self, parent_fd: OwnedFd) -> Fd {
+    fn add(&mut self, file: OwnedFd) -> Fd {
         // At most a dozen files are ever added.
         let number =
             i32::try_from(self.0.len()).map_or(i32::MAX, |n| n.saturating_add(SPEC_FD + 1));
-        self.0.push(FdMapping {
-            parent_fd,
-            child_fd: number,
-        });
+        self.0.push((file, number));
         Fd(number)
     }
 
-    fn with_spec(mut self, spec: &VmSpec) -> Result<Vec<FdMapping>, VmmError> {
+    fn with_spec(mut self, spec: &VmSpec) -> Result<Vec<(OwnedFd, i32)>, VmmError> {
         let failed = |source| VmmError::Host {
             step: "write the VMM's input",
             source,
@@ -320,10 +286,7 @@ impl Files {
         file.write_all(&bytes).map_err(failed)?;
         rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::Start(0))
             .map_err(|errno| failed(errno.into()))?;
-        self.0.push(FdMapping {
-            parent_fd: file.into(),
-            child_fd: SPEC_FD,
-        });
+        self.0.push((file.into(), SPEC_FD));
         Ok(self.0)
     }
 }
@@ -393,26 +356,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_vmm_that_dies_is_reported_with_its_last_words() {
-        let mut child = Command::new("/bin/sh")
-            .args(["-c", "echo no such machine >&2; exit 3"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let last_words = child.stderr.take();
-        let process = Process {
-            exited: watch_exit(&child).unwrap(),
-            child,
-            last_words,
-        };
+        // Without arguments it complains and fails.
+        let process = Process::start(Path::new("/bin/mkdir"), Vec::new(), None).unwrap();
         let (ours, _theirs) = packet::pair().unwrap();
         let vmm = Vmm {
             control: Packets::new(ours).unwrap(),
             process,
         };
         let ended = vmm.end(Duration::from_secs(60)).await;
-        assert_eq!(
-            ended.message,
-            "the VMM ended: exit status: 3: no such machine"
-        );
+        let words = ended
+            .message
+            .strip_prefix("the VMM ended: exit status 1: ")
+            .unwrap();
+        assert!(words.contains("missing operand"), "{words}");
     }
 }

@@ -179,7 +179,7 @@ fn detached(
         command: exec::COMMAND,
         subject: id.as_str(),
     };
-    let follower = Supervised::start(program, order, &fds).map_err(LaunchError::Monitor)?;
+    let follower = Supervised::start(program, order, &fds).map_err(LaunchError::Start)?;
     match follower.report::<Report>().map_err(LaunchError::Monitor)? {
         Some(Report::Ready { pid }) => write_pid_file(args.pid_file.as_deref(), pid)?,
         Some(Report::Failed(message)) => return Err(ExecCommandError::Invalid(message)),

@@ -11,7 +11,7 @@ use super::{Context, delete};
 use crate::{
     cli::Launch,
     hooks::{self, HookError},
-    monitor::{self, HostHooks, Order, Program, Report, Supervised, hook_state},
+    monitor::{self, HostHooks, Order, Program, Report, StartError, Supervised, hook_state},
     packet::PacketError,
     state::{ContainerId, StateDir, StateError, Status},
     terminal::{Raw, TerminalError},
@@ -32,8 +32,11 @@ pub enum LaunchError {
     /// The caller's terminal.
     #[error(transparent)]
     Terminal(#[from] TerminalError),
-    /// The monitor cannot be started or spoken to.
+    /// The monitor cannot be started.
     #[error("start the container's monitor")]
+    Start(#[from] StartError),
+    /// The monitor cannot be spoken to.
+    #[error("listen to the container's monitor")]
     Monitor(#[from] PacketError),
     /// What the monitor says.
     #[error("{0}")]

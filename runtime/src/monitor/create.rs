@@ -4,13 +4,17 @@ use std::{
     fs::{self, OpenOptions},
     future::Future,
     io,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::{Path, PathBuf},
+    thread::{self, JoinHandle},
     time::{Duration, SystemTime},
 };
 
 use oci_spec::runtime::Spec;
-use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
 use super::{
     hooks::HostHooks,
@@ -123,7 +127,7 @@ pub(super) async fn create(
     let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.systemd_cgroup)?;
     state.cgroup = Some(cgroup.path().to_owned());
     dir.store(&state)?;
-    let inside = Inside::enter(&cgroup)?;
+    let cgroup_dir = directory(cgroup.path())?;
     let hooks = HostHooks::of(&bundle.spec);
     hooks
         .store(dir.path())
@@ -163,7 +167,9 @@ pub(super) async fn create(
             .then(|| log_file(dir.path()))
             .transpose()?,
         alive: Some(lock_file(dir.path())?),
+        cgroup: Some(cgroup_dir.as_fd()),
     })?;
+    let joining = Joining::begin(&cgroup)?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
     let request = CreateRequest {
@@ -172,6 +178,7 @@ pub(super) async fn create(
         wanted: Wanted::all(streams.terminal.is_some(), 0),
     };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
+    let inside = joining.finish()?;
 
     let created = async {
         if hooks.precede_creation() {
@@ -310,20 +317,57 @@ fn set_console_size(guest: &mut Spec, size: Option<Size>) {
     }
 }
 
+/// This process on its way into the sandbox's cgroup. Moving a process costs the kernel a grace period of 10 ms and
+/// more, which passes while the guest boots.
+struct Joining(Option<JoinHandle<Result<(), CgroupError>>>, Inside);
+
 /// This process in the sandbox's cgroup; dropping it goes back, so that the cgroup can be removed.
 struct Inside {
     before: Option<PathBuf>,
 }
 
-impl Inside {
-    fn enter(cgroup: &HostCgroup) -> Result<Self, CreateError> {
+impl Joining {
+    fn begin(cgroup: &HostCgroup) -> Result<Self, CreateError> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
         let before = own.map(|path| Path::new("/sys/fs/cgroup").join(path).join("cgroup.procs"));
-        cgroup.join()?;
-        Ok(Self { before })
+        let cgroup = HostCgroup::at(cgroup.path().to_owned());
+        let thread = thread::Builder::new()
+            .name("cgroup".to_owned())
+            .stack_size(64 << 10);
+        let thread = thread
+            .spawn(move || cgroup.join())
+            .map_err(|source| CreateError::Host {
+                step: "start a thread",
+                source,
+            })?;
+        Ok(Self(Some(thread), Inside { before }))
     }
 
+    /// Waits for the end of the move, if it is not long over.
+    fn finish(mut self) -> Result<Inside, CreateError> {
+        self.wait()?;
+        let before = self.1.before.take();
+        Ok(Inside { before })
+    }
+
+    fn wait(&mut self) -> Result<(), CgroupError> {
+        match self.0.take().map(JoinHandle::join) {
+            Some(Ok(joined)) => joined,
+            // A panic ends the process.
+            None | Some(Err(_)) => Ok(()),
+        }
+    }
+}
+
+impl Drop for Joining {
+    fn drop(&mut self) {
+        // The error that led here is the one to report; then the guard inside goes back.
+        let _ = self.wait();
+    }
+}
+
+impl Inside {
     fn stay(mut self) {
         self.before = None;
     }
@@ -396,6 +440,11 @@ fn log_file(dir: &Path) -> Result<OwnedFd, CreateError> {
             step: "open the guest's console log",
             source,
         })
+}
+
+fn directory(path: &Path) -> Result<OwnedFd, CreateError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(host("open the cgroup"))
 }
 
 /// The file whose lock the VMM holds for as long as it lives.

@@ -25,15 +25,18 @@ use std::{
 
 pub use self::{
     hooks::{HostHooks, hook_state},
-    order::{Go, Order, Program, Report, Supervised, VM_LOCK, is_abandoned},
+    order::{Go, Order, Program, Report, StartError, Supervised, VM_LOCK, is_abandoned},
 };
 use crate::packet::{self, Packets};
 
 /// The hidden command that starts a monitor.
 pub const COMMAND: &str = "monitor";
 
-/// Takes the socket that stands in for standard input, and puts `/dev/null` in its place.
+/// Takes the socket that stands in for standard input, and puts `/dev/null` in its place. Sets the process's name too,
+/// which is `exe` after being started by way of `/proc`, and closes whatever else the caller has left open.
 pub(crate) fn inherited_socket() -> io::Result<OwnedFd> {
+    crate::spawn::forget_inherited();
+    rustix::thread::set_name(c"caisson")?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
     let null = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty())?;

@@ -81,6 +81,17 @@ pub struct Program<'a> {
     pub subject: &'a str,
 }
 
+/// Why this program could not be started anew.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The host refused.
+    #[error("start this program once more")]
+    Spawn(#[source] io::Error),
+    /// It does not take its order.
+    #[error(transparent)]
+    Order(#[from] PacketError),
+}
+
 /// A process of this program that was given an order and reports.
 #[derive(Debug)]
 pub struct Supervised {
@@ -94,11 +105,8 @@ impl Supervised {
         program: Program<'_>,
         order: &impl Serialize,
         fds: &[BorrowedFd<'_>],
-    ) -> Result<Self, PacketError> {
-        let failed = |source| PacketError::Socket {
-            step: "send",
-            source,
-        };
+    ) -> Result<Self, StartError> {
+        let failed = StartError::Spawn;
         let (ours, theirs) = packet::pair().map_err(failed)?;
         let child = Command::new("/proc/self/exe")
             .arg0("caisson")
