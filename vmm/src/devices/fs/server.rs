@@ -114,17 +114,38 @@ impl FsServer {
     }
 }
 
+/// File systems whose handles can go stale while the file exists: they find a file only while the kernel or the remote
+/// server still remembers it.
+const FORGETFUL: [&str; 9] = [
+    "fuse", "fuseblk", "virtiofs", "nfs", "nfs4", "9p", "ceph", "cifs", "smb3",
+];
+
 /// File handles in place of a descriptor per known file, where that can work: virtiofsd finds a mount by its path in
-/// mountinfo, which it takes as it stands there, with white space and backslashes escaped.
+/// mountinfo, which it takes as it stands there, with white space and backslashes escaped, and opens its handles long
+/// after it made them.
 fn handles_mode() -> io::Result<InodeFileHandlesMode> {
     let share = std::env::current_dir()?;
-    let plain = share
-        .to_str()
-        .is_some_and(|path| !path.contains([' ', '\t', '\n', '\\', '#']));
-    Ok(if plain {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let usable = share.to_str().is_some_and(|path| {
+        !path.contains([' ', '\t', '\n', '\\', '#']) && !has_forgetful_mount(&mounts, path)
+    });
+    Ok(if usable {
         InodeFileHandlesMode::Prefer
     } else {
         InodeFileHandlesMode::Never
+    })
+}
+
+/// Whether a file system whose handles do not last is mounted at or below `share` (proc(5), `/proc/pid/mountinfo`).
+fn has_forgetful_mount(mountinfo: &str, share: &str) -> bool {
+    mountinfo.lines().any(|line| {
+        let point = line.split(' ').nth(4).unwrap_or_default();
+        let kind = line
+            .split_once(" - ")
+            .and_then(|(_, rest)| rest.split(' ').next());
+        let kind = kind.unwrap_or_default();
+        std::path::Path::new(point).starts_with(share)
+            && (FORGETFUL.contains(&kind) || kind.starts_with("fuse."))
     })
 }
 
@@ -143,4 +164,29 @@ fn fault(error: Error) -> GuestFault {
         Error::InvalidHeaderLength => "a FUSE request shorter than it says",
         Error::InvalidXattrSize(_) => "a FUSE request with a broken attribute length",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_are_not_used_on_file_systems_that_forget_them() {
+        let line = |point: &str, kind: &str| {
+            format!("36 35 98:0 / {point} rw,noatime master:1 - {kind} source rw\n")
+        };
+        let share = "/run/caisson/c1/share";
+        let rootfs = "/run/caisson/c1/share/c1/rootfs";
+        for kind in ["fuse.sshfs", "virtiofs", "nfs4"] {
+            assert!(has_forgetful_mount(&line(rootfs, kind), share), "{kind}");
+        }
+        for kind in ["ext4", "tmpfs", "overlay", "fusectl"] {
+            assert!(!has_forgetful_mount(&line(rootfs, kind), share), "{kind}");
+        }
+        assert!(!has_forgetful_mount(&line("/home", "fuse.sshfs"), share));
+        assert!(!has_forgetful_mount(
+            &line("/run/caisson/c1/share2", "nfs"),
+            share
+        ));
+    }
 }
