@@ -89,6 +89,9 @@ fn capability_bits(set: Option<&Capabilities>) -> u64 {
         .fold(0, |all, one: u64| all | one)
 }
 
+/// Preserved descriptors: the numbers below the child's own (`child.rs`, `HIGH`).
+const MOST_PRESERVED: u32 = 250;
+
 /// Plans a process of a container; `filter` and `personality` are the container's, whichever process it is.
 pub fn plan(
     process: &Process,
@@ -113,6 +116,13 @@ pub fn plan(
         return Err(PlanError::Invalid {
             field: "process",
             value: bad.clone(),
+        });
+    }
+    if preserved > MOST_PRESERVED {
+        let value = format!("{preserved} descriptors, at most {MOST_PRESERVED}");
+        return Err(PlanError::Invalid {
+            field: "preserved descriptors",
+            value,
         });
     }
     refuse_labels(process)?;
@@ -304,6 +314,13 @@ mod tests {
         assert_eq!(plan.env, ["A=3=4", "B=2"]);
         assert!(run(r#","env":["A"]"#).is_err());
         assert!(run(r#","env":["=x"]"#).is_err());
+    }
+
+    #[test]
+    fn more_preserved_descriptors_than_there_are_numbers_for_are_refused() {
+        let json = r#"{"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"}"#;
+        let with = |n| plan(&serde_json::from_str(json).unwrap(), None, None, n).is_ok();
+        assert!(with(MOST_PRESERVED) && !with(MOST_PRESERVED + 1));
     }
 
     #[test]
