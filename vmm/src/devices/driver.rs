@@ -68,9 +68,12 @@ impl Driver {
         }
     }
 
-    /// Starts over with descriptors and buffers; the ring goes on.
+    /// Starts over with descriptors, buffers and the device's turn; the ring goes on.
     pub fn rewind(&mut self) {
         (self.descriptors, self.buffers) = (0, BUFFERS);
+        if let Ok(queue) = Queue::restore(&self.queue.state(), false, &self.mem) {
+            self.queue = queue;
+        }
     }
 
     /// Offers a chain of buffers that hold `readable`, followed by writable ones of the given lengths, and returns the

@@ -486,6 +486,26 @@ fn rename_flags_sparse_files_and_attributes_work() {
 }
 
 #[test]
+fn a_hundred_thousand_files_are_open_at_once() {
+    guest(|guest| {
+        guest.init();
+        let (node, _) = guest.lookup(ROOT, b"inside.txt").unwrap();
+        // A host that allows less is the limit.
+        let host = thread::raise_descriptor_limit().saturating_sub(1024);
+        let count = usize::try_from(host).unwrap().min(100_000);
+        let handles: Vec<u64> = (0..count)
+            .map(|_| guest.open(node, libc::O_RDONLY).0)
+            .collect();
+        for handle in [handles[0], handles[count / 2], handles[count - 1]] {
+            let (error, data) = guest.read(node, handle, 0, 8192);
+            assert_eq!((error, data.len()), (0, 20));
+        }
+        guest.server.reset();
+        assert_eq!(guest.open_files(), 0);
+    });
+}
+
+#[test]
 fn a_removed_file_lives_until_the_guest_forgets_it() {
     guest(|guest| {
         guest.init();
