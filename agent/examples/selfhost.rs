@@ -372,6 +372,9 @@ impl Host {
     }
 
     async fn all(&self) {
+        if self.only.is_empty() || self.only[0] == "reader" {
+            self.reader_goes_away().await;
+        }
         if self.only == ["true"] {
             for _ in 0..8 {
                 self.timed().await;
@@ -913,6 +916,29 @@ impl Host {
             out.as_ref().is_ok_and(|o| o.stdout == "left"),
             &out,
         );
+    }
+
+    /// A reader that goes away is noticed by the writer.
+    async fn reader_goes_away(&self) {
+        let streams = self.streams(false);
+        let script = sh("trap '' PIPE; while echo y; do :; done 2>/dev/null; exit 8");
+        let created = self.create("r", &script, &streams).await;
+        self.check("a flood", created.is_ok(), &created);
+        let mut open = streams.open().await;
+        let _ = self.start("r").await;
+        let mut first = [0; 2];
+        let got = open.stdout.read_exact(&mut first).await;
+        drop(open.stdout);
+        let end = tokio::time::timeout(Duration::from_secs(15), self.wait("r", "")).await;
+        let code = end.as_ref().map(|e| e.exit_status);
+        self.check(
+            "its reader goes away",
+            got.is_ok() && &first == b"y\n" && code == Ok(8),
+            &(got, code),
+        );
+        let _ = self.kill("r", "", 9, false).await;
+        self.wait("r", "").await;
+        let _ = self.delete("r").await;
     }
 
     /// Descriptors from 3 upwards go both ways.
