@@ -25,12 +25,12 @@ use std::thread;
 use frame::Kind;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
-use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-/// The disk that holds the lab's root, and the empty one for the tests' files.
-const ROOT_DISK: &str = "/dev/nvme0n1";
-const SCRATCH_DISK: &str = "/dev/nvme0n2";
+/// The disks: number 1 holds the lab's root, number 2 is the empty one for the tests' files. The kernel finds them side
+/// by side, so either may get either name.
+const DISKS: [&str; 2] = ["nvme0n1", "nvme0n2"];
 
 /// File systems of the lab: source, target, type, data.
 const MOUNTS: &[(&str, &str, &str, &str)] = &[
@@ -46,7 +46,6 @@ const MOUNTS: &[(&str, &str, &str, &str)] = &[
     ("mqueue", "/dev/mqueue", "mqueue", ""),
     ("tmpfs", "/run", "tmpfs", "mode=755"),
     ("tmpfs", "/tmp", "tmpfs", "mode=1777"),
-    (SCRATCH_DISK, "/scratch", "ext4", ""),
     (
         "cgroup2",
         "/sys/fs/cgroup",
@@ -114,9 +113,19 @@ fn init() -> io::Result<()> {
 fn enter_root() -> io::Result<()> {
     fs::create_dir_all("/dev")?;
     mount("devtmpfs", "/dev", "devtmpfs", "mode=755")?;
-    wait_for_device(ROOT_DISK)?;
-    wait_for_device(SCRATCH_DISK)?;
-    mount(ROOT_DISK, "/root", "ext4", "")?;
+    let [one, two] = DISKS.map(|name| format!("/dev/{name}"));
+    wait_for_device(&one)?;
+    wait_for_device(&two)?;
+    mount("sysfs", "/sys", "sysfs", "")?;
+    let number = fs::read_to_string(format!("/sys/block/{}/nsid", DISKS[0]))?;
+    rustix::mount::unmount("/sys", UnmountFlags::empty())?;
+    let (root, scratch) = if number.trim() == "1" {
+        (one, two)
+    } else {
+        (two, one)
+    };
+    mount(&root, "/root", "ext4", "")?;
+    mount(&scratch, "/root/scratch", "ext4", "")?;
     rustix::mount::mount_move("/dev", "/root/dev")?;
     std::env::set_current_dir("/root")?;
     rustix::mount::mount_move(".", "/")?;
