@@ -142,6 +142,19 @@ fn file_range(offset: u64, size: u32) -> io::Result<()> {
     }
 }
 
+/// The longest list of attribute names (`XATTR_LIST_MAX`).
+const LIST_BYTES: u32 = 64 << 10;
+
+/// A list of attribute names less those that only a privileged process may see; the server's thread is one.
+fn without_trusted(names: &[u8]) -> Vec<u8> {
+    let names = names.split_inclusive(|byte| *byte == 0);
+    names
+        .filter(|name| !name.starts_with(b"trusted."))
+        .flatten()
+        .copied()
+        .collect()
+}
+
 /// Takes CAP_FSETID away while the guard lives, if the caller is not root: the host's kernel then clears set-id bits of
 /// what is written. The guest's kernel says with each WRITE and truncation whether to do so, but not with FALLOCATE and
 /// COPY_FILE_RANGE.
@@ -460,7 +473,18 @@ impl FileSystem for Guard {
     }
 
     fn listxattr(&self, ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
-        self.0.fs.listxattr(ctx, inode, size)
+        if ctx.uid.is_root() {
+            return self.0.fs.listxattr(ctx, inode, size);
+        }
+        let ListxattrReply::Names(all) = self.0.fs.listxattr(ctx, inode, LIST_BYTES)? else {
+            return Ok(ListxattrReply::Count(0));
+        };
+        let names = without_trusted(&all);
+        match u32::try_from(names.len()) {
+            Ok(len) if size == 0 => Ok(ListxattrReply::Count(len)),
+            Ok(len) if len <= size => Ok(ListxattrReply::Names(names)),
+            _ => Err(io::Error::from_raw_os_error(libc::ERANGE)),
+        }
     }
 
     fn removexattr(&self, ctx: Context, inode: Inode, name: &CStr) -> io::Result<()> {
@@ -583,6 +607,13 @@ mod tests {
         ] {
             assert!(component(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn trusted_attributes_are_hidden() {
+        let all = b"user.a\0trusted.overlay.opaque\0security.x\0trusted.\0user.trusted.\0";
+        assert_eq!(without_trusted(all), b"user.a\0security.x\0user.trusted.\0");
+        assert_eq!(without_trusted(b""), b"");
     }
 
     #[test]
