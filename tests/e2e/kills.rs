@@ -36,9 +36,7 @@ impl Victim {
             Self::Monitor => host::processes()
                 .into_iter()
                 .find(|process| {
-                    process.pid != caller.as_raw_nonzero().get()
-                        && process.name.starts_with("caisson")
-                        && process.name != "caisson-vmm"
+                    process.pid != caller.as_raw_nonzero().get() && process.name == "caisson"
                 })
                 .map(|process| process.pid),
         };

@@ -78,28 +78,29 @@ fn control_characters_work_in_an_exec_terminal() {
         .start();
     drop(slave);
     terminal.expect("# ");
-    terminal.write("sleep 500; echo status $?\n");
-    terminal.expect("\n");
+    // What is printed is not what is typed, so the echo cannot be taken for it.
+    terminal.write("sh -c 'echo rea\"\"dy; exec sleep 500'; echo sta\"\"tus $?\n");
+    terminal.expect("ready");
     terminal.write("\u{3}");
-    terminal.expect("# ");
+    terminal.expect("status 130");
     terminal.write("echo still $((40 + 2))\n");
     terminal.expect("still 42");
     terminal.write("\u{4}");
-    assert_eq!(shell.finish().status, 130);
+    assert_eq!(shell.finish().status, 0);
     case.delete("one");
 }
 
 #[test]
-fn a_terminal_that_hangs_up_does_not_leave_the_container_unkillable() {
+fn a_container_whose_terminal_hangs_up_can_be_deleted() {
     let case = Case::begin();
     let bundle = case.bundle().args(["sleep", "1000"]).terminal();
     let path = case.dir().join("tty.sock");
     let socket = Terminal::console_socket(&path);
     let receiver = std::thread::spawn(move || Terminal::receive(&socket));
     case.create_with_console(&bundle, "one", &path);
-    drop(receiver.join().expect("no terminal arrived"));
+    let terminal = receiver.join().expect("no terminal arrived");
     case.call(["start", "one"]).succeed();
-    case.call(["kill", "one", "KILL"]).succeed();
-    case.wait("one");
-    case.call(["delete", "one"]).succeed();
+    drop(terminal);
+    case.delete("one");
+    case.nothing_is_left();
 }

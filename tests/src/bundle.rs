@@ -80,8 +80,8 @@ impl Bundle {
 
     /// The program and its arguments.
     #[must_use]
-    pub fn args<const N: usize>(self, args: [&str; N]) -> Self {
-        self.edit(|spec| spec["process"]["args"] = json!(args.as_slice()))
+    pub fn args<'a>(self, args: impl AsRef<[&'a str]>) -> Self {
+        self.edit(|spec| spec["process"]["args"] = json!(args.as_ref()))
     }
 
     /// A shell script as the program.

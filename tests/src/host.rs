@@ -59,7 +59,7 @@ pub struct Process {
     pub pid: i32,
     /// Its parent's number.
     pub parent: i32,
-    /// The name of its program, at most 15 bytes.
+    /// The file name of its program.
     pub name: String,
     /// Its arguments, joined with spaces.
     pub command: String,
@@ -90,7 +90,7 @@ pub fn descendants(ancestor: i32) -> Vec<Process> {
 
 fn process(pid: i32) -> Option<Process> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace();
     let (state, parent) = (fields.next()?, fields.next()?.parse().ok()?);
     let is_kernels = pid == 2 || parent == 2;
@@ -98,6 +98,12 @@ fn process(pid: i32) -> Option<Process> {
     if is_kernels || is_being_reaped || pid.cast_unsigned() == std::process::id() {
         return None;
     }
+    let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let name = program
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let command = String::from_utf8_lossy(&command)
         .replace('\0', " ")
@@ -111,7 +117,7 @@ fn process(pid: i32) -> Option<Process> {
     Some(Process {
         pid,
         parent,
-        name: name.to_owned(),
+        name,
         command,
         namespaces: namespaces.collect(),
     })
