@@ -10,6 +10,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use crate::{
     forwarded::{Signals, WINDOW_CHANGE},
     monitor::{Report, inherited_socket, runtime},
     packet::{self, Packets},
+    preserved,
     stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
 };
@@ -28,6 +30,10 @@ pub const COMMAND: &str = "exec-monitor";
 
 /// Exit status of a process whose end nobody heard of.
 const LOST: u8 = 137;
+
+/// How long the last bytes of preserved descriptors may take after the process's end. Their end need not come: other
+/// processes of the container may hold copies.
+const LAST_BYTES: Duration = Duration::from_secs(1);
 
 /// Why a process could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +55,7 @@ pub enum ExecError {
 }
 
 /// What is asked for. Attached when sent to the hidden command: the caller's stdin, stdout and stderr, the `process`
-/// object as a file.
+/// object as a file, the preserved descriptors.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Order {
     /// The container's state directory.
@@ -64,7 +70,7 @@ pub struct Order {
     pub ignore_paused: bool,
 }
 
-/// The caller's standard streams.
+/// The caller's descriptors for the process.
 #[derive(Debug)]
 pub struct Stdio {
     /// Standard input.
@@ -73,6 +79,8 @@ pub struct Stdio {
     pub stdout: OwnedFd,
     /// Standard error.
     pub stderr: OwnedFd,
+    /// Descriptors from 3 upwards.
+    pub preserved: Vec<OwnedFd>,
 }
 
 /// A process that runs in the guest.
@@ -80,6 +88,8 @@ pub struct Stdio {
 pub struct Session {
     control: Packets,
     progress: [Option<Progress>; 2],
+    /// Those descriptors from 3 upwards that the guest writes to.
+    preserved: Vec<Progress>,
     terminal: Option<OwnedFd>,
     /// The terminal is this process's controlling one: the slave of a pair made for it.
     controls_terminal: bool,
@@ -92,7 +102,8 @@ impl Session {
         let control = Control::connect(&order.dir)?;
         let request = Request::Exec {
             terminal: order.terminal,
-            preserved: 0,
+            // As many as a packet carries at most.
+            preserved: u32::try_from(caller.preserved.len()).unwrap_or(0),
             ignore_paused: order.ignore_paused,
         };
         let (socket, _pid, fds) = control.exec(&request, process)?;
@@ -107,11 +118,18 @@ impl Session {
         let output =
             |from: Option<OwnedFd>, to| from.map(|from| stdio::output(from, to)).transpose();
         let stdout = output(fds.next(), caller.stdout).map_err(failed)?;
-        let stderr = output(fds.next(), caller.stderr).map_err(failed)?;
+        let stderr = if order.terminal { None } else { fds.next() };
+        let stderr = output(stderr, caller.stderr).map_err(failed)?;
+        let preserved =
+            preserved::join(caller.preserved, fds.collect()).map_err(|source| ExecError::Host {
+                step: "pass the preserved descriptors on",
+                source,
+            })?;
         let control = Packets::new(socket).map_err(failed)?;
         Ok(Self {
             control,
             progress: [stdout, stderr],
+            preserved,
             terminal,
             controls_terminal: order.console_socket.is_some(),
         })
@@ -122,6 +140,7 @@ impl Session {
         let Self {
             control,
             progress,
+            preserved,
             terminal,
             controls_terminal,
         } = self;
@@ -146,6 +165,12 @@ impl Session {
                 stream.reached(bytes).await;
             }
         }
+        let _ = tokio::time::timeout(LAST_BYTES, async {
+            for mut stream in preserved {
+                stream.reached(u64::MAX).await;
+            }
+        })
+        .await;
         if let Some(terminal) = terminal.filter(|_| controls_terminal) {
             terminal::release(terminal.as_fd());
         }
@@ -185,6 +210,7 @@ fn with_terminal(order: &Order, caller: Stdio) -> Result<(Stdio, Option<OwnedFd>
         stdin: twin(&slave)?,
         stdout: twin(&slave)?,
         stderr: caller.stderr,
+        preserved: caller.preserved,
     };
     Ok((streams, Some(slave)))
 }
@@ -228,7 +254,7 @@ fn begin(order: &Order, fds: Vec<OwnedFd>) -> Result<(Session, Signals), ExecErr
     let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
         return Err(ControlError::Unexpected.into());
     };
-    let process = read_process(fds.collect())?;
+    let process = read_process(fds.next().into_iter().collect())?;
     let signals = Signals::catch().map_err(host("catch signals"))?;
     let session = Session::start(
         order,
@@ -237,6 +263,7 @@ fn begin(order: &Order, fds: Vec<OwnedFd>) -> Result<(Session, Signals), ExecErr
             stdin,
             stdout,
             stderr,
+            preserved: fds.collect(),
         },
     )?;
     Ok((session, signals))

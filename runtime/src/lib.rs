@@ -17,6 +17,7 @@ pub mod hooks;
 pub mod log;
 pub mod monitor;
 pub mod packet;
+pub mod preserved;
 pub mod sandbox;
 pub mod share;
 pub mod signals;

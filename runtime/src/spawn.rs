@@ -198,6 +198,28 @@ pub(crate) fn forget_inherited() {
     close_inherited(0);
 }
 
+/// Takes a descriptor from 3 on over from whoever started this process. Each can be taken once; this process's own, which
+/// are all close-on-exec, are not there for it.
+pub(crate) fn take_inherited(number: u32) -> io::Result<OwnedFd> {
+    let nothing = || io::Error::from_raw_os_error(libc::EBADF);
+    let number = i32::try_from(number).map_err(|_| nothing())?;
+    // SAFETY: F_GETFD takes numbers and changes nothing.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if number < 3 || flags & libc::FD_CLOEXEC != 0 {
+        return Err(nothing());
+    }
+    // SAFETY: takes numbers; the descriptor is open, and nobody in this process depends on its flags.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and nothing owns it: what this program opens is close-on-exec from the start, and what has been
+    // taken here before is so since.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 fn close_inherited(flags: libc::c_uint) {
     // SAFETY: takes numbers. It runs where nothing owns a descriptor from 3 on: at the very start of a process, or (with
     // CLOEXEC, which closes nothing yet) just before one becomes another program.

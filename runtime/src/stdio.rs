@@ -6,7 +6,8 @@
 //! blocking thread and not a task.
 //! Threads: [`output`] and [`input`] start one each; it holds its two descriptors and ends with its stream. A thread that
 //! still waits for input ends with the process.
-//! Not here: terminals (`terminal.rs`), which streams a process has (`sandbox/`).
+//! Not here: terminals (`terminal.rs`), which streams a process has (`sandbox/`), descriptors beyond the standard three
+//! (`preserved.rs`).
 
 use std::{
     fs::File,
@@ -41,8 +42,20 @@ impl Progress {
 
 /// Passes everything that the guest writes on to `to`.
 pub fn output(from: OwnedFd, to: OwnedFd) -> io::Result<Progress> {
+    output_then(from, to, || {})
+}
+
+/// As [`output`]; at the stream's end does one thing more, before that end is told.
+pub fn output_then(
+    from: OwnedFd,
+    to: OwnedFd,
+    then: impl FnOnce() + Send + 'static,
+) -> io::Result<Progress> {
     let (tell, progress) = watch::channel(0);
-    spawn("output", move || pump_output(from, to, &tell))?;
+    spawn("output", move || {
+        pump_output(from, to, &tell);
+        then();
+    })?;
     Ok(Progress(progress))
 }
 

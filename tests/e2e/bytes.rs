@@ -1,10 +1,12 @@
 //! Standard streams byte for byte: order, volume, and the end of each direction on its own.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::Duration;
 
-use caisson_tests::{Call, Case};
+use caisson_tests::case::runtime;
+use caisson_tests::{Call, Case, Outcome};
 
 /// How much goes through a pipe each way, in MiB; `CAISSON_TEST_BULK_MIB` overrides it.
 const BULK_MIB: usize = 1024;
@@ -169,4 +171,96 @@ fn a_child_that_holds_the_streams_does_not_hold_exec() {
     let outcome = case.exec("one", "sleep 500 & echo done");
     assert_eq!((outcome.status, outcome.text()), (0, "done\n"));
     case.delete("one");
+}
+
+/// `run` from a shell that opens descriptors first: it becomes the runtime.
+fn run_with<const N: usize>(
+    case: &Case,
+    opened: &str,
+    options: &str,
+    container: [&str; N],
+) -> Outcome {
+    let bundle = case.bundle().args(container);
+    let script = format!("exec {opened}; exec \"$@\" {options} -b \"$BUNDLE\" one");
+    let root = case.root();
+    case.program("sh")
+        .args(["-c", &script, "sh", &runtime(), "--root"])
+        .args([&root])
+        .args(["run"])
+        .env("BUNDLE", bundle.dir())
+        .dir(case.dir())
+        .finish()
+}
+
+#[test]
+fn preserved_descriptors_are_read_and_written_under_their_numbers() {
+    let case = Case::begin();
+    fs::write(case.dir().join("in"), "from the host\n").expect("write");
+    let outcome = run_with(
+        &case,
+        "3<in 4>out",
+        "--preserve-fds 2",
+        ["sh", "-c", "cat <&3; echo from the container >&4"],
+    );
+    assert_eq!(outcome.status, 0, "{outcome:?}");
+    assert_eq!(outcome.text(), "from the host\n");
+    let written = fs::read_to_string(case.dir().join("out")).expect("read");
+    assert_eq!(written, "from the container\n");
+    case.nothing_is_left();
+}
+
+#[test]
+fn a_preserved_pipe_carries_everything_to_its_end() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .args(["sh", "-c", "head -c 3000000 /dev/zero >&3"]);
+    // The pipe's reader is the end of the pipeline, and ends when the last writer has closed it.
+    let outcome = case
+        .program("sh")
+        .args([
+            "-c",
+            "\"$@\" --preserve-fds 1 -b \"$BUNDLE\" one 3>&1 >/dev/null | wc -c",
+        ])
+        .args(["sh", &runtime(), "--root"])
+        .args([&case.root()])
+        .args(["run"])
+        .env("BUNDLE", bundle.dir())
+        .succeed();
+    assert_eq!(outcome.text().trim(), "3000000");
+    case.nothing_is_left();
+}
+
+#[test]
+fn an_executed_process_gets_preserved_descriptors() {
+    let case = Case::begin();
+    let bundle = case.bundle().args(["sleep", "1000"]);
+    case.start(&bundle, "one");
+    fs::write(case.dir().join("in"), "from the host\n").expect("write");
+    let outcome = case
+        .program("sh")
+        .args([
+            "-c",
+            "exec 3<in 4>out; exec \"$@\" --preserve-fds 2 one sh -c 'cat <&3; echo back >&4; exit 7'",
+        ])
+        .args(["sh", &runtime(), "--root"])
+        .args([&case.root()])
+        .args(["exec"])
+        .dir(case.dir())
+        .finish();
+    assert_eq!(outcome.status, 7, "{outcome:?}");
+    assert_eq!(outcome.text(), "from the host\n");
+    let written = fs::read_to_string(case.dir().join("out")).expect("read");
+    assert_eq!(written, "back\n");
+    case.call(["delete", "-f", "one"]).succeed();
+    case.nothing_is_left();
+}
+
+#[test]
+fn preserved_descriptors_that_are_not_open_are_refused() {
+    let case = Case::begin();
+    // Forty, because a runtime may have a few of its own.
+    let outcome = run_with(&case, "3</dev/null", "--preserve-fds 40", ["true"]);
+    outcome.is_refusal("preserved-fd");
+    case.nothing_is_left();
 }

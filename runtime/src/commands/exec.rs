@@ -1,6 +1,11 @@
 //! `exec`.
 
-use std::{fs, io, os::fd::AsFd, path::PathBuf, process::ExitCode};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use oci_spec::runtime::{Capabilities, Capability, Process, Spec};
 use serde::de::DeserializeOwned;
@@ -17,6 +22,7 @@ use crate::{
     exec::{self, ExecError, Order, Session, Stdio},
     forwarded::Signals,
     monitor::{Program, Report, Supervised, runtime},
+    preserved::{self, PreservedError},
     state::{ContainerId, StateDir, StateError, Status},
     terminal::{self, Raw, TerminalError},
 };
@@ -30,6 +36,9 @@ pub enum ExecCommandError {
     /// What is asked for makes no sense.
     #[error("{0}")]
     Invalid(String),
+    /// Descriptors for the process.
+    #[error(transparent)]
+    Preserved(#[from] PreservedError),
     /// A file cannot be read.
     #[error("read {path}", path = path.display())]
     Read {
@@ -86,9 +95,7 @@ fn exec(args: &Exec, context: &Context) -> Result<ExitCode, ExecCommandError> {
         }
         _ => {}
     }
-    if args.preserve_fds > 0 {
-        return Err(invalid("--preserve-fds is not supported"));
-    }
+    let preserved = preserved::take(args.preserve_fds)?;
     let mut process = match &args.process {
         Some(path) => read_json(path)?,
         None => {
@@ -123,9 +130,9 @@ fn exec(args: &Exec, context: &Context) -> Result<ExitCode, ExecCommandError> {
         ignore_paused: args.ignore_paused,
     };
     if args.detach {
-        detached(args, &order, &process, &id)
+        detached(args, &order, &process, &id, preserved)
     } else {
-        foreground(args, &mut order, &mut process)
+        foreground(args, &mut order, &mut process, preserved)
     }
 }
 
@@ -133,6 +140,7 @@ fn foreground(
     args: &Exec,
     order: &mut Order,
     process: &mut Process,
+    preserved: Vec<OwnedFd>,
 ) -> Result<ExitCode, ExecCommandError> {
     let failed = |step| move |source| ExecCommandError::Host { step, source };
     let runtime = runtime().map_err(failed("start an event loop"))?;
@@ -152,6 +160,7 @@ fn foreground(
         stdin: twin(io::stdin().as_fd())?,
         stdout: twin(io::stdout().as_fd())?,
         stderr: twin(io::stderr().as_fd())?,
+        preserved,
     };
     let session = Session::start(order, &json(process)?, caller)?;
     write_pid_file(args.pid_file.as_deref(), std::process::id())?;
@@ -165,16 +174,18 @@ fn detached(
     order: &Order,
     process: &Process,
     id: &ContainerId,
+    preserved: Vec<OwnedFd>,
 ) -> Result<ExitCode, ExecCommandError> {
     let file = process_file(&json(process)?)
         .map_err(|source| ExecError::Control(ControlError::Process(source)))?;
     let streams = (io::stdin(), io::stdout(), io::stderr());
-    let fds = [
+    let mut fds = vec![
         streams.0.as_fd(),
         streams.1.as_fd(),
         streams.2.as_fd(),
         file.as_fd(),
     ];
+    fds.extend(preserved.iter().map(AsFd::as_fd));
     let program = Program {
         command: exec::COMMAND,
         subject: id.as_str(),

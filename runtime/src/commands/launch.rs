@@ -13,6 +13,7 @@ use crate::{
     hooks::{self, HookError},
     monitor::{self, HostHooks, Order, Program, Report, StartError, Supervised, hook_state},
     packet::PacketError,
+    preserved::{self, PreservedError},
     state::{ContainerId, StateDir, StateError, Status},
     terminal::{Raw, TerminalError},
 };
@@ -23,6 +24,9 @@ pub enum LaunchError {
     /// Its name or directory.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Descriptors for the container.
+    #[error(transparent)]
+    Preserved(#[from] PreservedError),
     /// A hook of the host's side.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -79,11 +83,7 @@ pub(super) fn launch(
     start: bool,
 ) -> Result<Launched, LaunchError> {
     let id = ContainerId::parse(&args.id)?;
-    if args.preserve_fds > 0 {
-        return Err(LaunchError::Failed(
-            "--preserve-fds is not supported".into(),
-        ));
-    }
+    let preserved = preserved::take(args.preserve_fds)?;
     let order = Order {
         id: id.clone(),
         root: absolute(&context.root)?,
@@ -101,12 +101,15 @@ pub(super) fn launch(
         }),
     };
     let streams = (io::stdin(), io::stdout(), io::stderr());
-    let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
+    let mut fds = vec![streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
+    fds.extend(preserved.iter().map(AsFd::as_fd));
     let program = Program {
         command: monitor::COMMAND,
         subject: id.as_str(),
     };
     let monitor = Supervised::start(program, &order, &fds)?;
+    // Only the monitor's copies count from here on.
+    drop(preserved);
     let mut claimed = false;
     let outcome = listen(context, &order, &monitor, &mut claimed).and_then(|raw| {
         write_pid_file(args.pid_file.as_deref(), monitor.pid())?;

@@ -30,11 +30,12 @@ use crate::{
     guest_spec,
     log::{Log, LogError},
     packet::{PacketError, Packets},
+    preserved,
     sandbox::{BootError, Booting, CreateRequest, Sandbox, SandboxError, Wanted},
     share::{self, Share, ShareError},
     sizing::{self, Host, SizingError},
     state::{State, StateDir, StateError, Status, timestamp},
-    stdio,
+    stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
     vmm::Machine,
 };
@@ -83,6 +84,8 @@ pub(super) struct CallerFiles {
     pub(super) stdin: OwnedFd,
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
+    /// From 3 upwards.
+    pub(super) preserved: Vec<OwnedFd>,
 }
 
 /// Where the container's standard streams go.
@@ -90,6 +93,7 @@ struct Streams {
     stdin: OwnedFd,
     stdout: OwnedFd,
     stderr: OwnedFd,
+    preserved: Vec<OwnedFd>,
     /// The terminal whose size the container's follows.
     terminal: Option<OwnedFd>,
     size: Option<Size>,
@@ -175,7 +179,11 @@ pub(super) async fn create(
     let request = CreateRequest {
         spec: serde_json::to_vec(&guest).map_err(CreateError::Spec)?,
         bundle: bundle.path.to_string_lossy().into_owned(),
-        wanted: Wanted::all(streams.terminal.is_some(), 0),
+        wanted: Wanted::all(
+            streams.terminal.is_some(),
+            // As many as a packet carries at most.
+            u32::try_from(streams.preserved.len()).unwrap_or(0),
+        ),
     };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
     let inside = joining.finish()?;
@@ -200,7 +208,7 @@ pub(super) async fn create(
         Ok::<_, CreateError>((flowing, listener))
     };
     match created.await {
-        Ok(((terminal, progress), listener)) => {
+        Ok((flowing, listener)) => {
             inside.stay();
             drop(cgroup.keep());
             let record = Record::new(dir.keep(), state);
@@ -208,8 +216,9 @@ pub(super) async fn create(
                 sandbox,
                 record,
                 listener,
-                progress,
-                terminal,
+                progress: flowing.progress,
+                preserved: flowing.preserved,
+                terminal: flowing.terminal,
                 signals,
                 share,
                 log,
@@ -222,7 +231,14 @@ pub(super) async fn create(
     }
 }
 
-type Flowing = (Option<OwnedFd>, [Option<stdio::Progress>; 2]);
+/// What is left to follow of streams that flow.
+struct Flowing {
+    terminal: Option<OwnedFd>,
+    /// Standard output and standard error.
+    progress: [Option<Progress>; 2],
+    /// Those descriptors from 3 upwards that the guest writes to.
+    preserved: Vec<Progress>,
+}
 
 /// The container in the guest, its streams flowing.
 async fn set_up(
@@ -242,7 +258,17 @@ async fn set_up(
     let output = |from: Option<OwnedFd>, to| from.map(|from| stdio::output(from, to)).transpose();
     let stdout = output(guest_ends.stdout, streams.stdout).map_err(failed)?;
     let stderr = output(guest_ends.stderr, streams.stderr).map_err(failed)?;
-    Ok((streams.terminal, [stdout, stderr]))
+    let preserved = preserved::join(streams.preserved, guest_ends.preserved).map_err(|source| {
+        CreateError::Host {
+            step: "pass the preserved descriptors on",
+            source,
+        }
+    })?;
+    Ok(Flowing {
+        terminal: streams.terminal,
+        progress: [stdout, stderr],
+        preserved,
+    })
 }
 
 /// Decides what stands for the container's terminal, and gets hold of it.
@@ -256,6 +282,7 @@ async fn streams(
         stdin,
         stdout,
         stderr,
+        preserved,
     } = files;
     let process = guest.process().as_ref();
     if !process
@@ -266,6 +293,7 @@ async fn streams(
             stdin,
             stdout,
             stderr,
+            preserved,
             terminal: None,
             size: None,
         });
@@ -291,6 +319,7 @@ async fn streams(
             stdin,
             stdout,
             stderr,
+            preserved,
             size: asked,
             terminal: Some(slave),
         });
@@ -306,6 +335,7 @@ async fn streams(
         stdin,
         stdout,
         stderr,
+        preserved,
         terminal,
         size: asked.or(size),
     })
@@ -412,6 +442,7 @@ fn caller_files(fds: Vec<OwnedFd>) -> Result<CallerFiles, CreateError> {
         stdin,
         stdout,
         stderr,
+        preserved: fds.collect(),
     })
 }
 

@@ -35,6 +35,8 @@ pub(super) struct Live {
     pub(super) listener: Listener,
     /// Standard output and standard error.
     pub(super) progress: [Option<Progress>; 2],
+    /// Those descriptors from 3 upwards that the guest writes to.
+    pub(super) preserved: Vec<Progress>,
     /// The terminal whose size the container's follows.
     pub(super) terminal: Option<OwnedFd>,
     pub(super) signals: Signals,
@@ -101,6 +103,7 @@ impl Live {
             record,
             listener,
             progress,
+            preserved,
             terminal,
             mut signals,
             share,
@@ -108,7 +111,7 @@ impl Live {
         } = self;
         let id = record.id();
         let mut answering = JoinSet::new();
-        let end = end_of(&sandbox, &id, progress);
+        let end = end_of(&sandbox, &id, progress, preserved);
         tokio::pin!(end);
         let (status, lost) = loop {
             tokio::select! {
@@ -153,6 +156,7 @@ async fn end_of(
     sandbox: &Sandbox,
     id: &str,
     [stdout, stderr]: [Option<Progress>; 2],
+    preserved: Vec<Progress>,
 ) -> (u8, Option<String>) {
     let (exit, lost) = match sandbox.wait(id, INIT).await {
         Ok(exit) => (exit, None),
@@ -174,6 +178,10 @@ async fn end_of(
         if let Some(mut stream) = stream {
             stream.reached(bytes).await;
         }
+    }
+    // With init end all processes of the container, and with them the last copies of these.
+    for mut stream in preserved {
+        stream.reached(u64::MAX).await;
     }
     (exit.status, lost)
 }
