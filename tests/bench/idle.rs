@@ -25,7 +25,7 @@ pub(crate) fn report(place: &Place) -> io::Result<()> {
     place.configure(Some(GUEST_MIB))?;
     let bundle = place.bundle(&["sleep", "1000"])?;
     let call = |args: &[&str]| {
-        let mut command = Command::new("caisson");
+        let mut command = Command::new(place.dir.join("caisson"));
         command
             .env("CAISSON_CONFIG", place.dir.join("config.toml"))
             .args(args);

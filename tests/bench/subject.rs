@@ -46,8 +46,6 @@ impl Run {
 pub(crate) struct Place {
     /// Scratch directory.
     pub(crate) dir: PathBuf,
-    guest: PathBuf,
-    vmm: PathBuf,
 }
 
 impl Subject {
@@ -80,7 +78,7 @@ impl Subject {
             Self::Bare => Command::new("/bin/busybox"),
             Self::Crun => Command::new("crun"),
             Self::Runc => Command::new("runc"),
-            Self::Caisson => Command::new("caisson"),
+            Self::Caisson => Command::new(place.dir.join("caisson")),
             Self::Microvm => Command::new("/usr/bin/qemu-system-x86_64-microvm"),
         };
         match self {
@@ -126,15 +124,23 @@ impl Place {
         for applet in ["true", "echo", "sleep", "sh", "free", "mount", "reboot"] {
             let _ = std::os::unix::fs::symlink("busybox", bin.join(applet));
         }
+        // Installed, as it were: on a local disk. The repository is on a file server outside of the lab, whose waits would
+        // be counted.
         let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
             .parent()
             .unwrap_or(Path::new("/"));
-        let guest = repository.join("target/guest");
-        let vmm = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-            .map(|dir| dir.join("caisson-vmm"))
-            .find(|file| file.exists())
-            .ok_or_else(|| io::Error::other("no caisson-vmm on PATH"))?;
-        let place = Self { dir, guest, vmm };
+        for file in ["vmlinux", "initramfs.cpio"] {
+            fs::copy(repository.join("target/guest").join(file), dir.join(file))?;
+        }
+        for program in ["caisson", "caisson-vmm"] {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let found = std::env::split_paths(&path)
+                .map(|dir| dir.join(program))
+                .find(|file| file.exists())
+                .ok_or_else(|| io::Error::other(format!("no {program} on PATH")))?;
+            fs::copy(found, dir.join(program))?;
+        }
+        let place = Self { dir };
         place.configure(None)?;
         Ok(place)
     }
@@ -144,9 +150,9 @@ impl Place {
         // The lab's emulated processor contradicts itself about XSAVE when it is nested.
         let mut text = format!(
             "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nkernel_params = \"noxsave\"\n",
-            self.guest.join("vmlinux"),
-            self.guest.join("initramfs.cpio"),
-            self.vmm,
+            self.dir.join("vmlinux"),
+            self.dir.join("initramfs.cpio"),
+            self.dir.join("caisson-vmm"),
         );
         if let Some(mib) = memory_mib {
             text += &format!("default_memory_mib = {mib}\n");
@@ -191,7 +197,7 @@ impl Place {
         }
         let words = "panic=-1 reboot=t quiet noxsave rdinit=/init";
         let machine = "microvm,x-option-roms=off,pic=off,pit=off,rtc=off,isa-serial=off,acpi=off";
-        let kernel = self.guest.join("vmlinux").display().to_string();
+        let kernel = self.dir.join("vmlinux").display().to_string();
         let arguments = format!(
             "-accel kvm -cpu host -M {machine} -m 256 -smp 1 -nodefaults -no-user-config -display none -no-reboot \
              -kernel {kernel} -initrd {}",
@@ -204,7 +210,7 @@ impl Place {
 
     /// Address of the guest kernel's PVH entry: the ELF note of type 18 by "Xen" (PVH boot protocol).
     pub(crate) fn kernel_entry(&self) -> io::Result<u64> {
-        let image = fs::read(self.guest.join("vmlinux"))?;
+        let image = fs::read(self.dir.join("vmlinux"))?;
         // A note is its name's length, its value's length, its type, its name, its value.
         let note = |size: u32| {
             let mut bytes = [4u32, size, 18].map(u32::to_le_bytes).concat();
