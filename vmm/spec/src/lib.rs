@@ -225,7 +225,15 @@ mod tests {
     #[test]
     fn exit_statuses_are_distinct() {
         use Cause::*;
-        let all = [PowerOff, Setup, GuestPanic, GuestReset, TripleFault, BootTimeout, HostError];
+        let all = [
+            PowerOff,
+            Setup,
+            GuestPanic,
+            GuestReset,
+            TripleFault,
+            BootTimeout,
+            HostError,
+        ];
         let mut statuses = all.map(Cause::exit_status).to_vec();
         statuses.dedup();
         assert_eq!(statuses.len(), all.len());
