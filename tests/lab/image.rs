@@ -1,7 +1,8 @@
-//! The lab's disk image: Debian packages, unpacked without their maintainer scripts, in an ext4 file.
+//! The lab's disk images: Debian packages, unpacked without their maintainer scripts, in an ext4 file.
 //!
-//! apt resolves [`PACKAGES`] against an empty system and downloads what it finds; nothing is installed on this machine
-//! except the few tools of [`TOOLS`] that are missing. The image is cached under the hash of its inputs: this recipe,
+//! There is one image for each [`Flavour`]; all boot the same kernel.
+//! apt resolves the packages of a flavour against an empty system and downloads what it finds; nothing is installed
+//! on this machine except the few tools of [`TOOLS`] that are missing. The image is cached under the hash of its inputs: this recipe,
 //! and the names, versions and checksums of all packages. That list itself is remembered for as long as apt's own
 //! lists stay the same.
 
@@ -11,7 +12,43 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What the lab consists of, besides what these depend on. `podman` or `containerd` can be added here.
+/// What is in the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Flavour {
+    /// Runtimes and the tools that tests use.
+    Base,
+    /// And container engines: podman, Docker, buildah.
+    Engines,
+}
+
+impl Flavour {
+    /// Its name on the command line.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Engines => "engines",
+        }
+    }
+
+    /// What it consists of, besides what these depend on.
+    fn packages(self) -> impl Iterator<Item = &'static &'static str> {
+        let more: &[&str] = match self {
+            Self::Base => &[],
+            Self::Engines => ENGINES,
+        };
+        PACKAGES.iter().chain(more)
+    }
+
+    /// Links that maintainer scripts would have made, in `/usr`: name, target.
+    const fn links(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Base => &[],
+            Self::Engines => ENGINE_LINKS,
+        }
+    }
+}
+
+/// What every flavour consists of.
 const PACKAGES: &[&str] = &[
     "acl",
     "attr",
@@ -39,6 +76,35 @@ const PACKAGES: &[&str] = &[
     "tar",
     "util-linux",
     "xz-utils",
+];
+
+/// Container engines and what they call.
+const ENGINES: &[&str] = &[
+    "aardvark-dns",
+    "buildah",
+    "catatonit",
+    "conmon",
+    "containerd",
+    "containernetworking-plugins",
+    "curl",
+    "docker-compose",
+    "docker.io",
+    "fuse-overlayfs",
+    "golang-github-containernetworking-plugin-dnsname",
+    "iptables",
+    "netavark",
+    "podman",
+    "tini",
+];
+
+/// Debian's default alternatives.
+const ENGINE_LINKS: &[(&str, &str)] = &[
+    ("sbin/iptables", "iptables-nft"),
+    ("sbin/iptables-save", "iptables-nft-save"),
+    ("sbin/iptables-restore", "iptables-nft-restore"),
+    ("sbin/ip6tables", "ip6tables-nft"),
+    ("sbin/ip6tables-save", "ip6tables-nft-save"),
+    ("sbin/ip6tables-restore", "ip6tables-nft-restore"),
 ];
 
 /// The meta package that depends on the newest kernel for clouds.
@@ -125,17 +191,17 @@ pub(crate) struct Image {
 }
 
 /// The image, built if it is not in the cache.
-pub(crate) fn image() -> io::Result<Image> {
+pub(crate) fn image(flavour: Flavour) -> io::Result<Image> {
     install_tools()?;
     let cache = cache_directory()?;
-    let packages = packages(&cache)?;
+    let packages = packages(&cache, flavour)?;
     let dir = cache.join(format!(
         "image-{}",
         hash(&format!("{}{packages}", include_str!("image.rs")))?
     ));
     if !dir.exists() {
         let work = cache.join(format!("work-{}", std::process::id()));
-        let built = build(&work, &cache.join("packages"), &packages);
+        let built = build(&work, &cache.join("packages"), &packages, flavour);
         let built = built.and_then(|()| fs::rename(work.join("out"), &dir));
         fs::remove_dir_all(&work)?;
         // Another lab may have built the same image meanwhile.
@@ -180,8 +246,8 @@ fn install_tools() -> io::Result<()> {
 }
 
 /// One line for each package: address, file name, size, checksum. Kept while apt's lists do not change.
-fn packages(cache: &Path) -> io::Result<String> {
-    let mut lists = include_str!("image.rs").to_owned();
+fn packages(cache: &Path, flavour: Flavour) -> io::Result<String> {
+    let mut lists = format!("{}{}", include_str!("image.rs"), flavour.name());
     for entry in fs::read_dir("/var/lib/apt/lists")? {
         let entry = entry?;
         let metadata = entry.metadata()?;
@@ -196,20 +262,20 @@ fn packages(cache: &Path) -> io::Result<String> {
     if let Ok(known) = fs::read_to_string(&file) {
         return Ok(known);
     }
-    let resolved = match resolve(cache) {
+    let resolved = match resolve(cache, flavour) {
         Ok(resolved) => resolved,
         Err(_) => {
             eprintln!("lab: apt-get update");
             run(Command::new("apt-get").arg("update"))?;
-            resolve(cache)?
+            resolve(cache, flavour)?
         }
     };
     fs::write(file, &resolved)?;
     Ok(resolved)
 }
 
-fn resolve(cache: &Path) -> io::Result<String> {
-    let closure = output(apt_install(cache, "nothing")?.arg("--print-uris"))?;
+fn resolve(cache: &Path, flavour: Flavour) -> io::Result<String> {
+    let closure = output(apt_install(cache, "nothing", flavour)?.arg("--print-uris"))?;
     let kernel = kernel_package()?;
     let kernel =
         output(Command::new("apt-get").args(["download", "-qq", "--print-uris", &kernel]))?;
@@ -234,7 +300,7 @@ fn kernel_package() -> io::Result<String> {
 
 /// `apt-get install` of all packages as if nothing were installed; it must be told not to install.
 /// What is already in the directory `archives` is neither listed nor downloaded.
-fn apt_install(cache: &Path, archives: &str) -> io::Result<Command> {
+fn apt_install(cache: &Path, archives: &str, flavour: Flavour) -> io::Result<Command> {
     let status = cache.join("empty-status");
     File::create(&status)?;
     let mut apt = Command::new("apt-get");
@@ -246,12 +312,12 @@ fn apt_install(cache: &Path, archives: &str) -> io::Result<Command> {
             "Dir::Cache::archives={}",
             cache.join(archives).display()
         ))
-        .args(PACKAGES);
+        .args(flavour.packages());
     Ok(apt)
 }
 
 /// Makes the image's files in `work/out`.
-fn build(work: &Path, archives: &Path, packages: &str) -> io::Result<()> {
+fn build(work: &Path, archives: &Path, packages: &str, flavour: Flavour) -> io::Result<()> {
     let (root, out) = (work.join("root"), work.join("out"));
     fs::create_dir_all(&out)?;
     let names: Vec<&str> = packages
@@ -263,7 +329,7 @@ fn build(work: &Path, archives: &Path, packages: &str) -> io::Result<()> {
     };
     eprintln!("lab: downloading {} packages", names.len());
     let cache = archives.parent().unwrap_or(archives);
-    run(apt_install(cache, "packages")?.arg("--download-only"))?;
+    run(apt_install(cache, "packages", flavour)?.arg("--download-only"))?;
     if !archives.join(kernel).exists() {
         run(Command::new("apt-get")
             .args(["download", "-qq", &kernel_package()?])
@@ -281,7 +347,7 @@ fn build(work: &Path, archives: &Path, packages: &str) -> io::Result<()> {
         unpack(&archives.join(name), &root)?;
     }
     unpack(&archives.join(kernel), &root)?;
-    configure(&root)?;
+    configure(&root, flavour)?;
     install_kernel(&root, &out.join("vmlinuz"))?;
     eprintln!("lab: writing the disk image");
     let room = "4G";
@@ -318,7 +384,7 @@ fn unpack(package: &Path, root: &Path) -> io::Result<()> {
 }
 
 /// Does what maintainer scripts would have done, as far as the lab needs it.
-fn configure(root: &Path) -> io::Result<()> {
+fn configure(root: &Path, flavour: Flavour) -> io::Result<()> {
     for dir in [
         "proc", "sys", "dev", "run", "tmp", "root", "mnt", "scratch", "var/tmp", "var/log", "etc",
     ] {
@@ -334,6 +400,9 @@ fn configure(root: &Path) -> io::Result<()> {
     let _ = symlink("/proc/self/mounts", root.join("etc/mtab"));
     let _ = symlink("bash", root.join("usr/bin/sh"));
     let _ = symlink("gawk", root.join("usr/bin/awk"));
+    for (name, target) in flavour.links() {
+        symlink(target, root.join("usr").join(name))?;
+    }
     let busybox = root.join("usr/bin/busybox");
     for applet in output(Command::new(&busybox).arg("--list"))?.lines() {
         let present = ["bin", "sbin"]

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use clap::Args;
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use crate::image::{Image, image};
+use crate::image::{Flavour, Image, image};
 
 /// Debian's QEMU file server (package qemu-system-common).
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
@@ -38,6 +38,9 @@ pub(crate) struct Shape {
     /// Count instructions: one processor, a clock that shows 1 ns per instruction.
     #[arg(long, env = "LAB_ICOUNT")]
     icount: bool,
+    /// What is in the disk image.
+    #[arg(long, env = "LAB_IMAGE", value_enum, default_value = "base")]
+    pub(crate) image: Flavour,
     /// Words for the end of the kernel's command line.
     #[arg(long, env = "LAB_APPEND", default_value = "")]
     append: String,
@@ -50,6 +53,7 @@ impl Shape {
             format!("--smp={}", self.smp),
             format!("--mem={}", self.mem),
             format!("--cpu={}", self.cpu),
+            format!("--image={}", self.image.name()),
             format!("--append={}", self.append),
         ];
         arguments.extend(self.icount.then(|| "--icount".to_owned()));
@@ -92,7 +96,7 @@ impl Machine {
             kernel,
             root,
             scratch,
-        } = image()?;
+        } = image(shape.image)?;
         let initramfs = state.join("init.cpio");
         fs::write(
             &initramfs,

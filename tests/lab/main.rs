@@ -39,8 +39,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Build the lab's disk image, unless it is in the cache.
-    Image,
+    /// Build a disk image of the lab, unless it is in the cache.
+    Image {
+        /// What is in it.
+        #[arg(value_enum, default_value = "base")]
+        flavour: image::Flavour,
+    },
     /// Start the lab, unless it is up.
     Up(machine::Shape),
     /// Run a command in the lab that is up.
@@ -105,7 +109,7 @@ fn perform(cli: Cli) -> io::Result<u8> {
         None => machine::repository().join("target/lab/run"),
     };
     match cli.verb {
-        Verb::Image => image::image().map(|_| 0),
+        Verb::Image { flavour } => image::image(flavour).map(|_| 0),
         Verb::Up(shape) => owner::up(&state, &shape).map(|()| 0),
         Verb::Exec(command) => exec::exec(&state, command),
         Verb::Run(line) => {

@@ -38,7 +38,7 @@ pub(crate) fn up(state: &Path, shape: &Shape) -> io::Result<()> {
     if is_up(state)? {
         return Ok(());
     }
-    image::image()?;
+    image::image(shape.image)?;
     let mut owner = Command::new(std::env::current_exe()?)
         .arg("--state")
         .arg(state)
