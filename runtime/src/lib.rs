@@ -3,6 +3,7 @@
 //! The binary `caisson` is a thin door to this library: `cli` says what was asked, `commands` does it.
 
 pub mod agent;
+pub mod boot;
 pub mod bundle;
 pub mod cgroup;
 pub mod cli;

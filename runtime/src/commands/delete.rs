@@ -1,19 +1,17 @@
 //! `delete`, and the removal of what a container leaves behind: the same for every way to its end.
 
-use std::{fs::OpenOptions, io, process::ExitCode};
+use std::process::ExitCode;
 
-use rustix::{
-    fs::{FlockOperation, flock},
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
-};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::Context;
 use crate::{
+    boot::{VM_LOCK, wait_for_vmm},
     cgroup::HostCgroup,
     cli::Delete,
     error::{self, CommandError},
     hooks,
-    monitor::{HostHooks, Supervised, VM_LOCK, hook_state},
+    monitor::{HostHooks, Supervised, hook_state},
     state::{ContainerId, State, StateDir, StateError, Status},
 };
 
@@ -65,7 +63,7 @@ pub(super) fn kill_monitor(dir: &StateDir, state: &State) -> Result<(), CommandE
 /// Removes everything of a container that has ended or is just ending.
 pub(super) fn destroy(context: &Context, dir: StateDir) -> Result<(), CommandError> {
     dir.wait_until_dead()?;
-    wait_for_vmm(&dir).map_err(|source| CommandError::Wait {
+    wait_for_vmm(dir.path()).map_err(|source| CommandError::Wait {
         path: dir.path().join(VM_LOCK),
         source,
     })?;
@@ -98,16 +96,5 @@ pub(super) fn end_monitor(context: &Context, monitor: Supervised, id: Option<&Co
     let _ = monitor.abandon();
     if let Some(dir) = id.and_then(|id| StateDir::open(&context.root, id).ok()) {
         let _ = destroy(context, dir);
-    }
-}
-
-/// Blocks until the VMM, which holds this lock, is gone.
-fn wait_for_vmm(dir: &StateDir) -> io::Result<()> {
-    match OpenOptions::new().read(true).open(dir.path().join(VM_LOCK)) {
-        Ok(file) => Ok(rustix::io::retry_on_intr(|| {
-            flock(&file, FlockOperation::LockExclusive)
-        })?),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
     }
 }

@@ -1,27 +1,25 @@
 //! From an order to a created container: the steps of `create`, each undone if a later one fails.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs,
     future::Future,
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     thread::{self, JoinHandle},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use oci_spec::runtime::Spec;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::Mode;
 
 use super::{
     hooks::HostHooks,
     live::{Live, Record},
-    order::{Go, Order, Report, VM_LOCK},
+    order::{Go, Order, Report},
 };
 use crate::{
+    boot::{Boot, StartError},
     bundle::{Bundle, BundleError, Caller},
     cgroup::{CgroupError, HostCgroup},
     config::{Config, ConfigError},
@@ -31,13 +29,12 @@ use crate::{
     log::{Log, LogError},
     packet::{PacketError, Packets},
     preserved,
-    sandbox::{BootError, Booting, CreateRequest, Sandbox, SandboxError, Wanted},
+    sandbox::{BootError, CreateRequest, Sandbox, SandboxError, Wanted},
     share::{self, Share, ShareError},
     sizing::{self, Host, SizingError},
     state::{State, StateDir, StateError, Status, timestamp},
     stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
-    vmm::Machine,
 };
 
 /// Why a container was not created.
@@ -55,6 +52,8 @@ pub(super) enum CreateError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Share(#[from] ShareError),
+    #[error(transparent)]
+    Start(#[from] StartError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error("unable to start container process")]
@@ -131,7 +130,6 @@ pub(super) async fn create(
     let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.systemd_cgroup)?;
     state.cgroup = Some(cgroup.path().to_owned());
     dir.store(&state)?;
-    let cgroup_dir = directory(cgroup.path())?;
     let hooks = HostHooks::of(&bundle.spec);
     hooks
         .store(dir.path())
@@ -149,30 +147,15 @@ pub(super) async fn create(
         step: "catch signals",
         source,
     })?;
-    let kernel = bundle.vm.as_ref().and_then(|vm| vm.kernel.as_ref());
-    let cmdline = kernel.map_or_else(
-        || config.kernel_params.clone(),
-        |kernel| kernel.parameters.join(" "),
-    );
-    let booting = Booting::start(Machine {
-        program: &config.vmm,
-        kernel: kernel.map_or(&config.kernel, |kernel| &kernel.path),
-        initramfs: kernel
-            .and_then(|kernel| kernel.initrd.as_ref())
-            .unwrap_or(&config.initramfs),
-        cmdline: &cmdline,
-        vcpus: size.vcpus,
-        memory: size.memory,
-        huge_pages: config.huge_pages,
-        boot_deadline: Duration::from_millis(config.boot_timeout_ms),
-        share: share.root()?,
-        console: config
-            .debug_console
-            .then(|| log_file(dir.path()))
-            .transpose()?,
-        alive: Some(lock_file(dir.path())?),
-        cgroup: Some(cgroup_dir.as_fd()),
-    })?;
+    let booting = Boot {
+        dir: dir.path(),
+        config: &config,
+        vm: bundle.vm.as_ref(),
+        size,
+        share: &share,
+        cgroup: &cgroup,
+    }
+    .start()?;
     let joining = Joining::begin(&cgroup)?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
@@ -458,39 +441,6 @@ fn first_state(order: &Order, bundle: &Bundle) -> State {
         annotations: bundle.spec.annotations().clone(),
         cgroup: None,
     }
-}
-
-fn log_file(dir: &Path) -> Result<OwnedFd, CreateError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(dir.join("console.log"))
-        .map(Into::into)
-        .map_err(|source| CreateError::Host {
-            step: "open the guest's console log",
-            source,
-        })
-}
-
-fn directory(path: &Path) -> Result<OwnedFd, CreateError> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).map_err(host("open the cgroup"))
-}
-
-/// The file whose lock the VMM holds for as long as it lives.
-fn lock_file(dir: &Path) -> Result<OwnedFd, CreateError> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(dir.join(VM_LOCK));
-    let file = file.map_err(|source| CreateError::Host {
-        step: "make the VMM's lock",
-        source,
-    })?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(host("lock the VMM's lock"))?;
-    Ok(file.into())
 }
 
 fn host(step: &'static str) -> impl Fn(rustix::io::Errno) -> CreateError {

@@ -25,7 +25,7 @@ use std::{
 
 pub use self::{
     hooks::{HostHooks, hook_state},
-    order::{Go, Order, Program, Report, StartError, Supervised, VM_LOCK, is_abandoned},
+    order::{Go, Order, Program, Report, StartError, Supervised, is_abandoned},
 };
 use crate::packet::{self, Packets};
 

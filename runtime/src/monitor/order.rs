@@ -18,9 +18,6 @@ use crate::{
     terminal::Size,
 };
 
-/// Name of the locked file in the state directory that the VMM holds open.
-pub const VM_LOCK: &str = "vm.lock";
-
 /// What `create` and `run` want. Attached: the caller's stdin, stdout and stderr, then the preserved descriptors.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Order {

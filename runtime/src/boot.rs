@@ -1,0 +1,148 @@
+//! Starting the virtual machine of a sandbox, as every door does it.
+//!
+//! Contract: what the configuration, the bundle and the sandbox's directory say becomes one [`Machine`], and its VMM
+//! runs when [`Boot::start`] returns: in the sandbox's cgroup from its first page on, holding the lock [`VM_LOCK`] until
+//! its end.
+//! Not here: making the parts (`cgroup`, `share`), the wait for the agent (`sandbox/boot.rs`).
+
+use std::{
+    fs::OpenOptions,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+    time::Duration,
+};
+
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+
+use crate::{
+    bundle::VmSection,
+    cgroup::HostCgroup,
+    config::Config,
+    sandbox::{BootError, Booting},
+    share::{Share, ShareError},
+    sizing::VmSize,
+    vmm::Machine,
+};
+
+/// Name of the locked file in the sandbox's directory that the VMM holds open.
+pub const VM_LOCK: &str = "vm.lock";
+
+/// Why the virtual machine was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The shared directory cannot be handed over.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The VMM cannot be started.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The host refused something.
+    #[error("{step}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A sandbox whose host side is ready.
+#[derive(Debug, Clone, Copy)]
+pub struct Boot<'a> {
+    /// The sandbox's own directory on the host.
+    pub dir: &'a Path,
+    /// The host's configuration.
+    pub config: &'a Config,
+    /// What the bundle asks of the virtual machine, if it may.
+    pub vm: Option<&'a VmSection>,
+    /// Its size.
+    pub size: VmSize,
+    /// What the guest will see of the host's files.
+    pub share: &'a Share,
+    /// Where the VMM begins its life.
+    pub cgroup: &'a HostCgroup,
+}
+
+impl Boot<'_> {
+    /// Starts the VMM; the guest boots from here on. Must be called inside a runtime.
+    pub fn start(self) -> Result<Booting, StartError> {
+        let Self {
+            dir,
+            config,
+            vm,
+            size,
+            share,
+            cgroup,
+        } = self;
+        let kernel = vm.and_then(|vm| vm.kernel.as_ref());
+        let cmdline = kernel.map_or_else(
+            || config.kernel_params.clone(),
+            |kernel| kernel.parameters.join(" "),
+        );
+        let cgroup = directory(cgroup.path())?;
+        Ok(Booting::start(Machine {
+            program: &config.vmm,
+            kernel: kernel.map_or(&config.kernel, |kernel| &kernel.path),
+            initramfs: kernel
+                .and_then(|kernel| kernel.initrd.as_ref())
+                .unwrap_or(&config.initramfs),
+            cmdline: &cmdline,
+            vcpus: size.vcpus,
+            memory: size.memory,
+            huge_pages: config.huge_pages,
+            boot_deadline: Duration::from_millis(config.boot_timeout_ms),
+            share: share.root()?,
+            console: config.debug_console.then(|| log_file(dir)).transpose()?,
+            alive: Some(lock_file(dir)?),
+            cgroup: Some(cgroup.as_fd()),
+        })?)
+    }
+}
+
+/// Blocks until the VMM of the sandbox in `dir`, which holds [`VM_LOCK`], is gone.
+pub fn wait_for_vmm(dir: &Path) -> io::Result<()> {
+    match OpenOptions::new().read(true).open(dir.join(VM_LOCK)) {
+        Ok(file) => Ok(rustix::io::retry_on_intr(|| {
+            flock(&file, FlockOperation::LockExclusive)
+        })?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn log_file(dir: &Path) -> Result<OwnedFd, StartError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(dir.join("console.log"))
+        .map(Into::into)
+        .map_err(host("open the guest's console log"))
+}
+
+fn directory(path: &Path) -> Result<OwnedFd, StartError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|errno| host("open the cgroup")(errno.into()))
+}
+
+/// The file whose lock the VMM holds for as long as it lives.
+fn lock_file(dir: &Path) -> Result<OwnedFd, StartError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.join(VM_LOCK))
+        .map_err(host("make the VMM's lock"))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|errno| host("lock the VMM's lock")(errno.into()))?;
+    Ok(file.into())
+}
+
+fn host(step: &'static str) -> impl Fn(io::Error) -> StartError {
+    move |source| StartError::Host { step, source }
+}
