@@ -4,9 +4,10 @@
 //! (this program, the kernel, the VMM, the guest), so a difference of two clock readings is a count and repeats exactly.
 //! Each subject runs the same bundle (busybox `true`). Three separate passes, so that no measurement is inside another:
 //! the clock alone; VM exits, by a histogram on `kvm:kvm_exit`; phases, by the rare trace events that part them.
-//! Prints a table and fails nothing.
+//! Prints tables and fails nothing; `bench files` prints only the one of operations on files.
 //! Not here: the lab (`tests/lab`), judging the figures (the README's reader).
 
+mod files;
 mod idle;
 mod subject;
 mod trace;
@@ -32,6 +33,9 @@ fn main() -> ExitCode {
 
 fn bench() -> io::Result<()> {
     let place = subject::Place::prepare()?;
+    if std::env::args().nth(1).as_deref() == Some("files") {
+        return files::report(&place);
+    }
     let trace = trace::Trace::open()?;
     if std::env::var_os("LAB_ICOUNT").is_none() {
         println!("(not counting instructions: the figures are nanoseconds of an emulated machine)");
@@ -44,7 +48,8 @@ fn bench() -> io::Result<()> {
         }
     }
     phases(&place, &trace)?;
-    idle::report(&place)
+    idle::report(&place)?;
+    files::report(&place)
 }
 
 /// Runs a subject and prints its row of the table.

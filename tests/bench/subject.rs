@@ -71,9 +71,8 @@ impl Subject {
         }
     }
 
-    /// Runs the bundle's `true`, or `args` instead, and takes the time.
-    pub(crate) fn run(self, place: &Place, args: &[&str]) -> io::Result<Run> {
-        let bundle = place.bundle(if args.is_empty() { &["true"] } else { args })?;
+    /// The command that runs `bundle`.
+    fn command(self, place: &Place, bundle: &Path) -> io::Result<Command> {
         let mut command = match self {
             Self::Bare => Command::new("/bin/busybox"),
             Self::Crun => Command::new("crun"),
@@ -84,13 +83,38 @@ impl Subject {
         match self {
             Self::Bare => command.arg("true"),
             Self::Microvm => command.args(place.microvm()?),
-            _ => command.args(["run", "-b"]).arg(&bundle).arg("bench"),
+            _ => command.args(["run", "-b"]).arg(bundle).arg("bench"),
         };
         command
             .env("CAISSON_CONFIG", place.dir.join("config.toml"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
+        Ok(command)
+    }
+
+    /// What a program prints that may write to its root file system and give files away.
+    pub(crate) fn output(self, place: &Place, args: &[&str]) -> io::Result<String> {
+        let bundle = place.bundle(args)?;
+        place.edit(|spec| {
+            spec["root"]["readonly"] = json!(false);
+            for set in ["bounding", "effective", "permitted"] {
+                let names = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER"];
+                spec["process"]["capabilities"][set] = json!(names);
+            }
+        })?;
+        let output = self.command(place, &bundle)?.output()?;
+        if !output.status.success() {
+            let status = output.status;
+            return Err(io::Error::other(format!("{}: {status}", self.name())));
+        }
+        String::from_utf8(output.stdout).map_err(io::Error::other)
+    }
+
+    /// Runs the bundle's `true`, or `args` instead, and takes the time.
+    pub(crate) fn run(self, place: &Place, args: &[&str]) -> io::Result<Run> {
+        let bundle = place.bundle(if args.is_empty() { &["true"] } else { args })?;
+        let mut command = self.command(place, &bundle)?;
         let start = now();
         let mut child = command.spawn()?;
         let mut byte = [0];
@@ -133,11 +157,7 @@ impl Place {
             fs::copy(repository.join("target/guest").join(file), dir.join(file))?;
         }
         for program in ["caisson", "caisson-vmm"] {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            let found = std::env::split_paths(&path)
-                .map(|dir| dir.join(program))
-                .find(|file| file.exists())
-                .ok_or_else(|| io::Error::other(format!("no {program} on PATH")))?;
+            let found = program_on_path(program)?;
             fs::copy(found, dir.join(program))?;
         }
         let place = Self { dir };
@@ -173,11 +193,19 @@ impl Place {
                 return Err(io::Error::other("runc spec failed"));
             }
         }
-        let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
-        spec["process"]["terminal"] = json!(false);
-        spec["process"]["args"] = json!(args);
-        fs::write(file, spec.to_string())?;
+        self.edit(|spec| {
+            spec["process"]["terminal"] = json!(false);
+            spec["process"]["args"] = json!(args);
+        })?;
         Ok(bundle)
+    }
+
+    /// Changes the bundle's `config.json`.
+    fn edit(&self, change: impl FnOnce(&mut Value)) -> io::Result<()> {
+        let file = self.dir.join("bundle/config.json");
+        let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
+        change(&mut spec);
+        fs::write(file, spec.to_string())
     }
 
     /// Arguments of QEMU's microvm: the guest kernel, and an initramfs whose PID 1 is `busybox true` plus a reset.
@@ -235,4 +263,13 @@ pub(crate) fn now() -> u64 {
     let time = clock_gettime(ClockId::Monotonic);
     u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000
         + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// The program of this name that a shell would start.
+pub(crate) fn program_on_path(program: &str) -> io::Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|file| file.exists())
+        .ok_or_else(|| io::Error::other(format!("no {program} on PATH")))
 }

@@ -11,9 +11,11 @@ pub mod bundle;
 pub mod call;
 pub mod case;
 pub mod host;
+pub mod mount;
 pub mod terminal;
 
 pub use bundle::Bundle;
 pub use call::{Call, Outcome, Running};
 pub use case::Case;
+pub use mount::Tmpfs;
 pub use terminal::Terminal;

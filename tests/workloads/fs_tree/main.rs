@@ -13,7 +13,7 @@ mod plan;
 #[path = "../random.rs"]
 mod random;
 
-use std::io;
+use std::io::{self, BufWriter};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -99,8 +99,11 @@ fn main() -> ExitCode {
             let plan = plan::plan(entries as usize, seed, &omit);
             make::make(&dir, &plan).map_err(|error| error.to_string())
         }
-        Verb::Manifest { dir, omit } => manifest::print(&dir, &omit, &mut io::stdout().lock())
-            .map_err(|error| error.to_string()),
+        // Standard output alone would be written line by line, which in a container is a message for each.
+        Verb::Manifest { dir, omit } => {
+            manifest::print(&dir, &omit, &mut BufWriter::new(io::stdout().lock()))
+                .map_err(|error| error.to_string())
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -27,6 +27,8 @@ use crate::{Omit, Part, escaped, plan};
 const BLOCK: usize = 4096;
 /// Bytes read by one system call; a multiple of `BLOCK`.
 const CHUNK: usize = 1 << 20;
+/// More than the list of names of an entry, and than any value: the plan's fit into one block of ext4.
+const ATTRIBUTE_BYTES: usize = 4096;
 /// The unit in which holes are told.
 const UNIT: u64 = 64 << 10;
 
@@ -284,7 +286,7 @@ fn digest(file: impl AsFd, start: u64, end: u64, hasher: &mut DefaultHasher) -> 
 
 /// All extended attributes that the caller may see, sorted by name.
 fn xattrs(name: &[u8], path: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ManifestError> {
-    let mut buffer = vec![0; 64 << 10];
+    let mut buffer = vec![0; ATTRIBUTE_BYTES];
     let len = match llistxattr(name, &mut buffer[..]) {
         Err(Errno::NOTSUP) => 0,
         result => result.map_err(at("list the attributes of", path))?,

@@ -77,6 +77,9 @@ enum Verb {
         /// How many different files there are; by default as many as are opened.
         #[arg(long)]
         distinct: Option<usize>,
+        /// Leave the files there.
+        #[arg(long)]
+        keep: bool,
     },
     /// What checks that execute a program execute; not for people.
     #[command(hide = true)]
@@ -106,9 +109,10 @@ fn main() -> ExitCode {
                 dir,
                 count,
                 distinct,
+                keep,
             }),
             _,
-        ) => open_files::run(&dir, count, distinct.unwrap_or(count).max(1)),
+        ) => open_files::run(&dir, count, distinct.unwrap_or(count).max(1), keep),
         (Some(Verb::Actor { part }), _) => actor::run(part),
         (None, dir) => runner::run(&dir.unwrap_or_default(), &cli.choice),
     }

@@ -1,4 +1,5 @@
-//! How many files can be open at once: opens them, reads some through their own descriptors, and names the limit if one is met.
+//! How many files can be open at once: creates them and keeps them open, writes and reads some through their own
+//! descriptors and by name, and names the limit if one is met.
 //!
 //! Raises its own RLIMIT_NOFILE first: beyond the hard limit only with CAP_SYS_RESOURCE, and never beyond `fs.nr_open`.
 //! Output is `open N of M` and, on failure, what stopped it. Exit status 0 if all were open at once and readable, else 1.
@@ -11,7 +12,7 @@ use std::{env, fs};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::act::{put, read_at, reader};
+use crate::act::{create, read_at, reader, write_at, writer};
 use crate::verdict::{Fail, Verdict, equal, name};
 
 /// Descriptors that are open besides: the standard ones and a few to spare.
@@ -21,8 +22,8 @@ const PER_DIRECTORY: usize = 1000;
 /// Each how-manieth open file is read.
 const SAMPLE: usize = 97;
 
-/// Opens `count` files, of which `distinct` are different.
-pub(crate) fn run(dir: &Path, count: usize, distinct: usize) -> ExitCode {
+/// Opens `count` files, of which `distinct` are different. They stay there with `keep`.
+pub(crate) fn run(dir: &Path, count: usize, distinct: usize, keep: bool) -> ExitCode {
     raise_limit(count as u64 + SPARE);
     let result = env::set_current_dir(dir)
         .map_err(Fail::from)
@@ -30,8 +31,10 @@ pub(crate) fn run(dir: &Path, count: usize, distinct: usize) -> ExitCode {
             fs::create_dir("open-files")?;
             env::set_current_dir("open-files")?;
             let result = hold(count, distinct.min(count));
-            env::set_current_dir("..")?;
-            fs::remove_dir_all("open-files")?;
+            if !keep {
+                env::set_current_dir("..")?;
+                fs::remove_dir_all("open-files")?;
+            }
             result
         });
     match result {
@@ -74,30 +77,41 @@ fn path(index: usize) -> String {
 }
 
 fn hold(count: usize, distinct: usize) -> Verdict {
-    for index in 0..distinct {
-        if index % PER_DIRECTORY == 0 {
-            fs::create_dir(format!("{}", index / PER_DIRECTORY))?;
-        }
-        put(&path(index), index.to_string().as_bytes())?;
-    }
-    let mut open: Vec<OwnedFd> = Vec::with_capacity(count);
+    let mut held: Vec<OwnedFd> = Vec::with_capacity(count);
     for index in 0..count {
-        match reader(&path(index % distinct)) {
-            Ok(file) => open.push(file),
+        let opened = if index < distinct {
+            if index % PER_DIRECTORY == 0 {
+                fs::create_dir(format!("{}", index / PER_DIRECTORY))?;
+            }
+            create(&path(index), 0o644)
+        } else {
+            writer(&path(index % distinct))
+        };
+        match opened {
+            Ok(file) => held.push(file),
             Err(errno) => {
                 // Naming the limit needs a descriptor or two.
-                drop(open);
+                drop(held);
                 return Err(Fail(format!("open {index} of {count}: {}", limit(errno))));
             }
         }
     }
+    // Only now, when all are open, does each sample get something to hold.
     for index in (0..count).step_by(SAMPLE) {
-        let expected = (index % distinct).to_string().into_bytes();
-        equal(
-            format!("contents of open file {index}"),
-            read_at(&open[index], 0, 20)?,
-            expected,
-        )?;
+        write_at(&held[index], 0, path(index).as_bytes())?;
+    }
+    for index in (0..count).step_by(SAMPLE) {
+        // The last that was written, where several descriptors lead to one file.
+        let last = (index..count)
+            .step_by(SAMPLE)
+            .filter(|other| other % distinct == index % distinct)
+            .last();
+        let expected = path(last.unwrap_or(index)).into_bytes();
+        let through = read_at(&held[index], 0, expected.len())?;
+        equal(format!("contents of open file {index}"), through, expected.clone())?;
+        let name = path(index % distinct);
+        let by_name = read_at(reader(&name)?, 0, expected.len())?;
+        equal(format!("contents of {name}"), by_name, expected)?;
     }
     Ok(())
 }
