@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::devices::driver::{Driver, ENTRIES, MEMORY_BYTES, Raw};
 use crate::virtio::mmio::Registers;
 use crate::virtio::queue::QueueState;
-use crate::virtio::{Chain, ConfigSpace, Queue};
+use crate::virtio::{Chain, ConfigSpace, Page, Queue};
 
 /// A fuzz target: takes any bytes.
 pub type Target = fn(&[u8]);
@@ -139,22 +139,26 @@ fn queue(bytes: &[u8]) {
     let _ = queue.state();
 }
 
-/// Register accesses: five bytes each, `offset: u16` (halved range), what and how wide, then two bytes of value.
+/// Register writes: five bytes each, `offset: u16` (halved range), what and how wide, then two bytes of value.
 fn registers(bytes: &[u8]) {
     let config = ConfigSpace::with_writable(vec![1; 60], 4..8);
     let mut registers = Registers::new(26, 1 << 5, &[128, 1024, 64], config);
-    for access in bytes.as_chunks::<5>().0 {
-        let [o0, o1, how, v0, v1] = *access;
-        let offset = u32::from(u16::from_le_bytes([o0, o1]) % 0x300);
-        let width = usize::from(how >> 1 & 0xf);
-        if how & 1 == 0 {
-            registers.read(offset, &mut [0; 16][..width]);
-        } else {
+    PAGE.with(|page| {
+        for access in bytes.as_chunks::<5>().0 {
+            let [o0, o1, how, v0, v1] = *access;
+            let offset = u32::from(u16::from_le_bytes([o0, o1]) % 0x300);
+            let width = usize::from(how >> 1 & 0xf);
             let value = [v0, v1, how & 0x80, 0, v0, v1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
             let _ = registers.write(offset, &value[..width]);
+            registers.show(page);
         }
-    }
+    });
     let _ = registers.state();
+}
+
+thread_local! {
+    /// Where registers are shown; pages are never given back.
+    static PAGE: &'static Page = &Page::leak(1)[0];
 }
 
 /// A file of zeros in memory, for targets that need a disk.

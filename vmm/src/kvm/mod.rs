@@ -13,8 +13,8 @@ pub mod state;
 pub mod vcpu;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use virtio_bindings::virtio_mmio::{
@@ -25,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::Entry;
 use crate::memory::Mem;
+use crate::virtio::Page;
 use crate::virtio::transport::Link;
 use ioapic::{MAX_PINS, Message};
 use state::VcpuState;
@@ -57,7 +58,7 @@ pub struct Vm {
     /// Takes the acknowledgements of all devices; nobody reads it.
     acknowledged: EventFd,
     /// Kept because KVM has its address.
-    _mem: Mem,
+    mem: Mem,
 }
 
 impl Vm {
@@ -95,15 +96,34 @@ impl Vm {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
             };
-            // SAFETY: the range is the whole of one mapping of `mem`, which lives as long as the VM (`_mem`).
+            // SAFETY: the range is the whole of one mapping of `mem`, which lives as long as the VM (`self.mem`).
             unsafe { vm.set_user_memory_region(memory) }.map_err(step("map guest memory"))?;
         }
         Ok(Self {
             kvm,
             vm,
             acknowledged,
-            _mem: mem.clone(),
+            mem: mem.clone(),
         })
+    }
+
+    /// Lets the guest read `pages` from `base` on; its writes there still come out.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn show(&self, pages: &'static [Page], base: u64) -> Result<(), KvmError> {
+        let memory = kvm_userspace_memory_region {
+            // The first number that guest memory, in its few regions, has not taken.
+            slot: u32::try_from(self.mem.num_regions()).unwrap_or(u32::MAX),
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: base,
+            memory_size: size_of_val(pages) as u64,
+            userspace_addr: pages.as_ptr() as u64,
+        };
+        // SAFETY: the range is `pages`, whole pages that live as long as the process; KVM lets the guest only read them,
+        // and what they hold is atomic.
+        unsafe { self.vm.set_user_memory_region(memory) }
+            .map_err(step("map the devices' registers"))
     }
 
     /// Wires a device: its interrupt to `irq`, kicks of its queues (at `base`) to its eventfd.

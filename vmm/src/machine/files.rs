@@ -24,6 +24,13 @@ pub(super) struct DeviceFiles {
     pub(super) shares: Vec<(ShareSpec, OwnedFd)>,
 }
 
+impl DeviceFiles {
+    /// The number of devices.
+    pub(super) fn count(&self) -> usize {
+        self.networks.len() + self.disks.len() + self.shares.len()
+    }
+}
+
 impl Files {
     /// Takes over all that `spec` names, before this process opens anything itself.
     pub(super) fn take(spec: &VmSpec, inherited: &mut Inherited) -> Result<Self, SetupError> {

@@ -161,7 +161,7 @@ fn start(
     let vm = Vm::new(fds::kvm(files.kvm), &mem)?;
     let (console, with_console) = wire_console(&vm, files.console, &tail)?;
 
-    let mut rack = Rack::new(&vm, &mem, &ending, &counters)?;
+    let mut rack = Rack::new(&vm, &mem, &ending, &counters, files.devices.count())?;
     let dials = rack.add_common(&link)?;
     rack.add_configured(files.devices)?;
     let devices = rack.start()?;

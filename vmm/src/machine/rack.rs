@@ -27,10 +27,12 @@ use crate::devices::vsock::{Dials, Vsock};
 use crate::ending::Ending;
 use crate::kvm::Vm;
 use crate::memory::Mem;
-use crate::virtio::Device;
 use crate::virtio::transport::{Link, Transport};
 use crate::virtio::worker::Worker;
+use crate::virtio::{Device, Page};
 
+/// The devices of every VM.
+const COMMON_DEVICES: usize = 3;
 /// The most devices of a VM.
 const MAX_DEVICES: usize = 64;
 
@@ -84,16 +86,25 @@ pub(super) struct Rack<'a> {
     io: Worker,
     shares: Vec<Worker>,
     transports: Vec<Transport>,
+    /// The registers, by slot.
+    pages: &'static [Page],
 }
 
 impl<'a> Rack<'a> {
-    /// An empty rack.
+    /// An empty rack with room for `configured` devices beside those that every VM has.
     pub(super) fn new(
         vm: &'a Vm,
         mem: &'a Mem,
         ending: &'a Arc<Ending>,
         counters: &'a Counters,
+        configured: usize,
     ) -> Result<Self, SetupError> {
+        let count = COMMON_DEVICES + configured;
+        if count > MAX_DEVICES {
+            return Err(SetupError::Value("more than 64 devices"));
+        }
+        let pages = Page::leak(count);
+        vm.show(pages, device_base(0))?;
         let io = Worker::new(mem, ending, counters).map_err(host("make the io worker"))?;
         Ok(Self {
             vm,
@@ -103,6 +114,7 @@ impl<'a> Rack<'a> {
             io,
             shares: Vec::new(),
             transports: Vec::new(),
+            pages,
         })
     }
 
@@ -140,17 +152,17 @@ impl<'a> Rack<'a> {
             let fs = Box::new(fs.map_err(device(&name))?);
             let mut worker = Worker::new(self.mem, self.ending, self.counters)
                 .map_err(host("make a share's worker"))?;
-            let transport = wire(self.vm, self.transports.len(), fs, &mut worker)?;
-            self.transports.push(transport);
+            let link = link(self.vm, self.transports.len(), self.pages)?;
+            self.transports.push(worker.attach(fs, link));
             self.shares.push(worker);
         }
         Ok(())
     }
 
     fn add(&mut self, device: Box<dyn Device>) -> Result<(), SetupError> {
-        let (vm, slot) = (self.vm, self.transports.len());
-        let transport = wire(vm, slot, device, &mut self.io)?;
-        self.transports.push(transport);
+        let slot = self.transports.len();
+        let link = link(self.vm, slot, self.pages)?;
+        self.transports.push(self.io.attach(device, link));
         Ok(())
     }
 
@@ -166,19 +178,14 @@ impl<'a> Rack<'a> {
     }
 }
 
-fn wire(
-    vm: &Vm,
-    slot: usize,
-    device: Box<dyn Device>,
-    worker: &mut Worker,
-) -> Result<Transport, SetupError> {
-    let interrupts = interrupts(slot + 1);
-    let interrupt = interrupts
-        .get(slot)
-        .ok_or(SetupError::Value("more than 64 devices"))?;
-    let link = Arc::new(Link::new().map_err(host("make an eventfd"))?);
-    vm.wire(&link, device_base(slot), u32::from(*interrupt))?;
-    Ok(worker.attach(device, link))
+/// The wires of the device in `slot`.
+fn link(vm: &Vm, slot: usize, pages: &'static [Page]) -> Result<Arc<Link>, SetupError> {
+    let (Some(page), Some(interrupt)) = (pages.get(slot), interrupts(slot + 1).pop()) else {
+        return Err(SetupError::Value("more devices than slots"));
+    };
+    let link = Arc::new(Link::new(page).map_err(host("make an eventfd"))?);
+    vm.wire(&link, device_base(slot), u32::from(interrupt))?;
+    Ok(link)
 }
 
 fn device<E: Error + Send + Sync + 'static>(what: &str) -> impl FnOnce(E) -> SetupError {

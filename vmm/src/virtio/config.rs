@@ -1,18 +1,39 @@
 //! A device's configuration space: bytes that the driver reads at any time and may write in one declared range.
 //!
-//! Contract: every access is whole (one lock); a change by the device moves the generation, so a driver that reads a
-//! field in several accesses can tell (virtio 1.2, 2.5.3). Reads past the end are zero, writes outside the declared
-//! range are dropped.
-//! Threads: vCPU threads read and write, the device's thread updates. Cloning shares.
+//! Contract: the space is written out to the device's register page, where the driver reads it; past its end there are
+//! zeros. A change by the device moves the generation before and after, so a driver that reads a field in several
+//! accesses can tell (virtio 1.2, 2.5.3), and is followed by an interrupt, after which it reads again. Writes outside the
+//! declared range are dropped.
+//! Threads: vCPU threads write, the device's thread updates. Cloning shares.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION};
+
+use super::Page;
 
 #[derive(Debug, Default)]
 struct Space {
     bytes: Vec<u8>,
     writable: Range<usize>,
-    generation: u32,
+    page: Option<&'static Page>,
+}
+
+impl Space {
+    fn show(&self) {
+        if let Some(page) = self.page {
+            page.write(VIRTIO_MMIO_CONFIG, &self.bytes);
+        }
+    }
+
+    fn move_generation(&self) {
+        if let Some(page) = self.page {
+            page.word(VIRTIO_MMIO_CONFIG_GENERATION)
+                .fetch_add(1, Ordering::AcqRel);
+        }
+    }
 }
 
 /// A shared configuration space.
@@ -30,12 +51,19 @@ impl ConfigSpace {
         Self(Arc::new(Mutex::new(Space {
             bytes,
             writable,
-            generation: 0,
+            page: None,
         })))
     }
 
     fn lock(&self) -> MutexGuard<'_, Space> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows the space on `page` from now on.
+    pub fn show_on(&self, page: &'static Page) {
+        let mut space = self.lock();
+        space.page = Some(page);
+        space.show();
     }
 
     /// Fills `data` from `offset` on, with zeros past the end.
@@ -56,6 +84,7 @@ impl ConfigSpace {
         let allowed = space.writable.start <= offset && end <= space.writable.end;
         if allowed && let Some(bytes) = space.bytes.get_mut(offset..end) {
             bytes.copy_from_slice(data);
+            space.show();
         }
     }
 
@@ -63,7 +92,9 @@ impl ConfigSpace {
     pub fn update(&self, change: impl FnOnce(&mut [u8])) {
         let mut space = self.lock();
         change(&mut space.bytes);
-        space.generation = space.generation.wrapping_add(1);
+        space.move_generation();
+        space.show();
+        space.move_generation();
     }
 
     /// The little-endian u32 at `offset`; zero past the end.
@@ -71,11 +102,6 @@ impl ConfigSpace {
         let mut bytes = [0; 4];
         self.read(offset, &mut bytes);
         u32::from_le_bytes(bytes)
-    }
-
-    /// How often the device changed the space.
-    pub fn generation(&self) -> u32 {
-        self.lock().generation
     }
 }
 
@@ -94,14 +120,35 @@ mod tests {
         let mut all = [0xff; 10];
         config.read(0, &mut all);
         assert_eq!(all, [1, 2, 3, 4, 0xaa, 0xbb, 0xcc, 0xdd, 0, 0]);
-        assert_eq!(config.generation(), 0);
+    }
+
+    /// What the driver reads: the generation, and the first two words of the space.
+    fn shown(page: &Page) -> [u32; 3] {
+        [
+            VIRTIO_MMIO_CONFIG_GENERATION,
+            VIRTIO_MMIO_CONFIG,
+            VIRTIO_MMIO_CONFIG + 4,
+        ]
+        .map(|at| page.word(at).load(Ordering::Acquire))
+    }
+
+    #[test]
+    fn the_space_is_shown_as_it_is_and_as_the_driver_leaves_it() {
+        let page = &Page::leak(1)[0];
+        let config = ConfigSpace::with_writable(vec![1, 0, 0, 0, 2, 0], 4..6);
+        config.show_on(page);
+        assert_eq!(shown(page), [0, 1, 2]);
+        config.driver_write(4, &[7, 1]);
+        assert_eq!(shown(page), [0, 1, 0x107]);
     }
 
     #[test]
     fn a_change_by_the_device_moves_the_generation() {
+        let page = &Page::leak(1)[0];
         let config = ConfigSpace::read_only(vec![0; 4]);
+        config.show_on(page);
         config.update(|bytes| bytes.copy_from_slice(&7u32.to_le_bytes()));
-        assert_eq!((config.read_u32(0), config.generation()), (7, 1));
+        assert_eq!((config.read_u32(0), shown(page)), (7, [2, 7, 0]));
         assert_eq!(config.read_u32(usize::MAX - 1), 0);
     }
 }

@@ -7,8 +7,13 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Page;
 
 /// Why the driver is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,19 +29,20 @@ pub enum Reason {
 pub struct Line {
     /// Wired to the guest's interrupt controller by the machine.
     pub irqfd: EventFd,
-    pending: AtomicU32,
+    /// Where the driver reads the reasons and the status.
+    page: &'static Page,
     needs_reset: AtomicBool,
 }
 
 impl Line {
-    /// A quiet line.
+    /// A quiet line, whose reasons are read on `page`.
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(page: &'static Page) -> io::Result<Self> {
         Ok(Self {
             irqfd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
-            pending: AtomicU32::new(0),
+            page,
             needs_reset: AtomicBool::new(false),
         })
     }
@@ -47,7 +53,7 @@ impl Line {
             Reason::Used => VIRTIO_MMIO_INT_VRING,
             Reason::Config => VIRTIO_MMIO_INT_CONFIG,
         };
-        self.pending.fetch_or(bit, Ordering::SeqCst);
+        self.pending().fetch_or(bit, Ordering::SeqCst);
         // Fails only when the counter is full, and then an interrupt is pending already.
         let _ = self.irqfd.write(1);
     }
@@ -55,27 +61,77 @@ impl Line {
     /// Tells the driver that the device stopped and waits for a reset.
     pub fn raise_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
+        self.mark_status();
         self.raise(Reason::Config);
     }
 
-    /// The interrupt status register.
-    pub fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
+    fn mark_status(&self) {
+        self.status()
+            .fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
     }
 
-    /// The interrupt acknowledge register.
+    fn pending(&self) -> &AtomicU32 {
+        self.page.word(VIRTIO_MMIO_INTERRUPT_STATUS)
+    }
+
+    fn status(&self) -> &AtomicU32 {
+        self.page.word(VIRTIO_MMIO_STATUS)
+    }
+
+    /// The driver acknowledges these reasons.
     pub fn acknowledge(&self, bits: u32) {
-        self.pending.fetch_and(!bits, Ordering::SeqCst);
+        self.pending().fetch_and(!bits, Ordering::SeqCst);
     }
 
-    /// Whether the device asks for a reset.
-    pub fn needs_reset(&self) -> bool {
-        self.needs_reset.load(Ordering::SeqCst)
+    /// Shows the device's status, with the wish for a reset if there is one.
+    pub fn show_status(&self, status: u32) {
+        self.status().store(status, Ordering::SeqCst);
+        // Looked at after the store: whichever thread comes second sees what the other did.
+        if self.needs_reset.load(Ordering::SeqCst) {
+            self.mark_status();
+        }
     }
 
     /// Back to power-on.
     pub fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
-        self.pending.store(0, Ordering::SeqCst);
+        self.pending().store(0, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_stay_until_they_are_acknowledged() {
+        let page = &Page::leak(1)[0];
+        let line = Line::new(page).unwrap();
+        let status = || {
+            page.word(VIRTIO_MMIO_INTERRUPT_STATUS)
+                .load(Ordering::SeqCst)
+        };
+        line.raise(Reason::Used);
+        line.raise(Reason::Config);
+        assert_eq!((status(), line.irqfd.read().unwrap()), (3, 2));
+        line.acknowledge(VIRTIO_MMIO_INT_CONFIG);
+        assert_eq!(status(), VIRTIO_MMIO_INT_VRING);
+        line.reset();
+        assert_eq!(status(), 0);
+    }
+
+    #[test]
+    fn the_wish_for_a_reset_survives_the_drivers_own_status() {
+        let page = &Page::leak(1)[0];
+        let line = Line::new(page).unwrap();
+        let status = || page.word(VIRTIO_MMIO_STATUS).load(Ordering::SeqCst);
+        line.show_status(15);
+        line.raise_needs_reset();
+        assert_eq!(status(), 15 | VIRTIO_CONFIG_S_NEEDS_RESET);
+        line.show_status(15);
+        assert_eq!(status(), 15 | VIRTIO_CONFIG_S_NEEDS_RESET);
+        line.reset();
+        line.show_status(0);
+        assert_eq!(status(), 0);
     }
 }

@@ -1,11 +1,14 @@
 //! The virtio-mmio registers of one device: what the driver reads and writes, as a state machine without side effects.
 //!
-//! Contract: every access is legal input; a malformed one (wrong width, wrong phase, unknown register) is ignored or
-//! reads as zero. A write that has consequences elsewhere returns them as an [`Effect`]; `transport.rs` carries it out.
+//! Contract: every write is legal input; a malformed one (wrong width, wrong phase, unknown register) is ignored. One that
+//! has consequences elsewhere returns them as an [`Effect`]; `transport.rs` carries it out. Reads never arrive here: the
+//! driver reads the page on which [`Registers::show`] writes everything out after each write.
 //! Phases (virtio 1.2, 3.1.1): features may be written until FEATURES_OK, queues between FEATURES_OK and DRIVER_OK;
-//! writing 0 to the status resets. Interrupt status and DEVICE_NEEDS_RESET are not kept here: the device's thread
-//! raises them (`Line`).
+//! writing 0 to the status resets. The status, the interrupt status and the configuration space are shown by those who
+//! share them with the device's thread (`Line`, `ConfigSpace`).
 //! Spec: virtio 1.2, 4.2.2 (register layout).
+
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -13,19 +16,19 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio::{
-    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
-    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
-    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
-    VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
-    VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
-    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
-    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NUM,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
+    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
+    VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
+    VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::ConfigSpace;
 use super::queue::QueueState;
+use super::{ConfigSpace, Page};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 /// Feature bits that every device offers.
@@ -103,37 +106,33 @@ impl Registers {
         &self.state
     }
 
-    /// A read at `offset` from the device's base.
-    pub fn read(&self, offset: u32, data: &mut [u8]) {
-        if let Some(at) = offset.checked_sub(VIRTIO_MMIO_CONFIG) {
-            // A u32 fits into a usize on x86-64.
-            return self.config.read(at as usize, data);
-        }
-        let value = self.register(offset).to_le_bytes();
-        data.fill(0);
-        let len = data.len().min(value.len());
-        data[..len].copy_from_slice(&value[..len]);
-    }
-
-    fn register(&self, offset: u32) -> u32 {
+    /// Writes out what the driver reads, except for the status.
+    pub fn show(&self, page: &Page) {
         let queue = self.selected();
-        match offset {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => 2,
-            VIRTIO_MMIO_DEVICE_ID => self.id,
-            VIRTIO_MMIO_DEVICE_FEATURES => half(self.features, self.state.device_features_select),
-            VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| u32::from(self.queue_max[queue])),
-            VIRTIO_MMIO_QUEUE_READY => {
-                queue.map_or(0, |queue| u32::from(self.state.queues[queue].ready))
-            }
-            VIRTIO_MMIO_STATUS => self.state.status,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.config.generation(),
+        let shown = [
+            (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+            (VIRTIO_MMIO_VERSION, 2),
+            (VIRTIO_MMIO_DEVICE_ID, self.id),
+            (
+                VIRTIO_MMIO_DEVICE_FEATURES,
+                half(self.features, self.state.device_features_select),
+            ),
+            (
+                VIRTIO_MMIO_QUEUE_NUM_MAX,
+                queue.map_or(0, |queue| u32::from(self.queue_max[queue])),
+            ),
+            (
+                VIRTIO_MMIO_QUEUE_READY,
+                queue.map_or(0, |queue| u32::from(self.state.queues[queue].ready)),
+            ),
             // No shared memory region: all ones (4.2.2).
-            VIRTIO_MMIO_SHM_LEN_LOW
-            | VIRTIO_MMIO_SHM_LEN_HIGH
-            | VIRTIO_MMIO_SHM_BASE_LOW
-            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            _ => 0,
+            (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_HIGH, u32::MAX),
+        ];
+        for (register, value) in shown {
+            page.word(register).store(value, Ordering::Release);
         }
     }
 
@@ -281,9 +280,9 @@ mod tests {
     }
 
     fn read(registers: &Registers, offset: u32) -> u32 {
-        let mut data = [0xee; 4];
-        registers.read(offset, &mut data);
-        u32::from_le_bytes(data)
+        let page = &Page::leak(1)[0];
+        registers.show(page);
+        page.word(offset).load(Ordering::Acquire)
     }
 
     fn negotiated(features: u64) -> Registers {
@@ -317,12 +316,9 @@ mod tests {
     #[test]
     fn features_that_were_not_offered_are_refused() {
         let offered = COMMON_FEATURES | 1 << 3;
-        assert_ne!(
-            read(&negotiated(offered), VIRTIO_MMIO_STATUS) & FEATURES_OK,
-            0
-        );
+        assert_ne!(negotiated(offered).state().status & FEATURES_OK, 0);
         for bad in [offered | 1 << 4, offered & !(1 << VIRTIO_F_VERSION_1), 0] {
-            assert_eq!(read(&negotiated(bad), VIRTIO_MMIO_STATUS) & FEATURES_OK, 0);
+            assert_eq!(negotiated(bad).state().status & FEATURES_OK, 0);
         }
     }
 
@@ -368,7 +364,7 @@ mod tests {
         let all = ACKNOWLEDGED | DRIVER_OK;
         assert_eq!(write(&mut r, VIRTIO_MMIO_STATUS, all), Effect::None);
         assert!(!r.state().queues[0].ready);
-        assert_eq!(read(&r, VIRTIO_MMIO_STATUS) & DRIVER_OK, 0);
+        assert_eq!(r.state().status & DRIVER_OK, 0);
     }
 
     #[test]
@@ -381,13 +377,11 @@ mod tests {
     }
 
     #[test]
-    fn accesses_of_any_width_and_place_are_survived() {
+    fn writes_of_any_width_and_place_are_survived() {
         let mut r = registers();
         for offset in (0..0x120).chain([u32::MAX - 1, u32::MAX]) {
             for width in 0..=8 {
-                let mut data = vec![0xff; width];
-                r.read(offset, &mut data);
-                r.write(offset, &data);
+                r.write(offset, &vec![0xff; width]);
             }
         }
         assert_eq!(r.state().status & DRIVER_OK, 0);

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `mmio.rs` | the registers that the guest's driver reads and writes (vCPU threads) |
 //! | `transport.rs` | registers, interrupt line, kick and mailbox of one device put together |
+//! | `page.rs` | the registers as memory that the guest reads without an exit |
 //! | `line.rs` | the interrupt line |
 //! | `config.rs` | the device's configuration space, shared by vCPU threads and the device's thread |
 //! | `worker.rs` | the thread that runs devices: epoll, kicks, faults, interrupts |
@@ -18,6 +19,7 @@ pub mod chain;
 pub mod config;
 pub mod line;
 pub mod mmio;
+pub mod page;
 pub mod queue;
 pub mod slice;
 pub mod transport;
@@ -27,6 +29,7 @@ use std::io;
 
 pub use chain::Chain;
 pub use config::ConfigSpace;
+pub use page::Page;
 pub use queue::Queue;
 pub use worker::{Io, Watch};
 

@@ -1,22 +1,21 @@
 //! One device as the guest's bus sees it: registers, interrupt line, kick, and the way to the device's thread.
 //!
-//! Threads: `read` and `write` are called by vCPU threads, one at a time per device (the lock on the registers; it is
-//! held while a reset waits for the device's thread, which never takes it).
+//! Reads need nobody: the registers are memory (`page.rs`).
+//! Threads: `write` is called by vCPU threads, one at a time per device (the lock on the registers; it is held while a
+//! reset waits for the device's thread, which never takes it).
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use virtio_bindings::virtio_mmio::{
-    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_NOTIFY,
-    VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_STATUS,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Device;
 use super::line::Line;
 use super::mmio::{Effect, Registers};
 use super::worker::{Command, Mailbox};
+use super::{Device, Page};
 
 /// What the registers and the device's thread share.
 #[derive(Debug)]
@@ -25,17 +24,20 @@ pub struct Link {
     pub line: Line,
     /// Written by KVM when the driver kicks any queue.
     pub kick: EventFd,
+    /// What the driver reads.
+    page: &'static Page,
 }
 
 impl Link {
-    /// A link for one device.
+    /// A link for one device, whose registers are read on `page`.
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(page: &'static Page) -> io::Result<Self> {
         Ok(Self {
-            line: Line::new()?,
+            line: Line::new(page)?,
             kick: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            page,
         })
     }
 }
@@ -54,8 +56,10 @@ impl Transport {
     /// The bus's side of `device`, which is number `slot` on the worker behind `mailbox`.
     pub fn new(device: &dyn Device, link: Arc<Link>, mailbox: Arc<Mailbox>, slot: usize) -> Self {
         let config = device.config().clone();
+        config.show_on(link.page);
         let registers =
             Registers::new(device.id(), device.features(), device.queue_sizes(), config);
+        registers.show(link.page);
         Self {
             registers: Mutex::new(registers),
             link,
@@ -67,21 +71,6 @@ impl Transport {
     /// The link to wire to KVM: irqfd and ioeventfd.
     pub fn link(&self) -> &Link {
         &self.link
-    }
-
-    /// A read by a vCPU at `offset` from the device's base.
-    pub fn read(&self, offset: u32, data: &mut [u8]) {
-        if offset == VIRTIO_MMIO_INTERRUPT_STATUS {
-            return fill(data, self.link.line.pending());
-        }
-        let registers = self
-            .registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        registers.read(offset, data);
-        if offset == VIRTIO_MMIO_STATUS && self.link.line.needs_reset() {
-            fill(data, registers.state().status | VIRTIO_CONFIG_S_NEEDS_RESET);
-        }
     }
 
     /// A write by a vCPU at `offset` from the device's base.
@@ -114,12 +103,7 @@ impl Transport {
         if status_cleared {
             self.link.line.reset();
         }
+        registers.show(self.link.page);
+        self.link.line.show_status(registers.state().status);
     }
-}
-
-fn fill(data: &mut [u8], value: u32) {
-    let bytes = value.to_le_bytes();
-    let len = data.len().min(bytes.len());
-    data.fill(0);
-    data[..len].copy_from_slice(&bytes[..len]);
 }
