@@ -39,6 +39,15 @@ pub struct Bundle {
     pub warnings: Vec<String>,
 }
 
+/// Where a container is to live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In a virtual machine of its own, or as the first of a pod.
+    Alone,
+    /// In one that has containers already.
+    Member,
+}
+
 /// How the caller of `create` or `run` deals with the terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller {
@@ -116,6 +125,18 @@ pub enum BundleError {
 impl Bundle {
     /// Loads and checks the bundle in a directory.
     pub fn load(path: &Path, config: &Config) -> Result<Self, BundleError> {
+        let bundle = Self::read(path, config, Place::Alone)?;
+        network(&bundle.spec)?;
+        Ok(bundle)
+    }
+
+    /// As [`Bundle::load`], for a container that joins a sandbox which has others already: it may name the namespaces
+    /// that a pod shares, by paths that mean nothing but "the sandbox's".
+    pub fn load_member(path: &Path, config: &Config) -> Result<Self, BundleError> {
+        Self::read(path, config, Place::Member)
+    }
+
+    fn read(path: &Path, config: &Config, place: Place) -> Result<Self, BundleError> {
         let path = path
             .canonicalize()
             .map_err(|source| BundleError::Directory {
@@ -132,9 +153,8 @@ impl Bundle {
         })?;
         let (spec, vm) =
             vm::parse(&text).map_err(|source| BundleError::Json { path: file, source })?;
-        rules::check(&spec, vm.as_ref(), config)?;
+        rules::check(&spec, vm.as_ref(), config, place)?;
         let rootfs = rootfs(&path, &spec)?;
-        network(&spec)?;
         let warnings = rules::warnings(&spec);
         Ok(Self {
             path,

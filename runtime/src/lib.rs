@@ -21,6 +21,7 @@ pub mod packet;
 pub mod preserved;
 pub mod sandbox;
 pub mod share;
+pub mod shim;
 pub mod signals;
 pub mod sizing;
 mod spawn;

@@ -142,7 +142,8 @@ fn to_stderr(line: &str) {
     drop(io::stderr().write_all(line.as_bytes()));
 }
 
-fn line(format: Format, level: Level, text: &str, now: SystemTime) -> String {
+/// One line of a log, with its end.
+pub(crate) fn line(format: Format, level: Level, text: &str, now: SystemTime) -> String {
     let level = match level {
         Level::Debug => "debug",
         Level::Warning => "warning",

@@ -20,7 +20,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     ptr,
 };
 
@@ -40,6 +40,16 @@ pub(crate) struct Child {
     ended: Option<WaitIdStatus>,
 }
 
+/// A program with what it is told.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) path: PathBuf,
+    /// Without its name, which is its path.
+    pub(crate) args: Vec<String>,
+    /// `NAME=value`, and nothing else.
+    pub(crate) env: Vec<String>,
+}
+
 /// Starts `program` in the cgroup whose directory is `cgroup`. `files` are descriptors and the numbers under which the
 /// child finds them, from 2 to 127; what it writes to 2 is its last words.
 pub(crate) fn spawn(
@@ -47,7 +57,27 @@ pub(crate) fn spawn(
     files: Vec<(OwnedFd, i32)>,
     cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<Child> {
-    let program = CString::new(program.as_os_str().as_bytes())?;
+    let program = Program {
+        path: program.to_owned(),
+        args: Vec::new(),
+        env: Vec::new(),
+    };
+    spawn_program(&program, files, cgroup)
+}
+
+/// As [`spawn`], with arguments and an environment.
+pub(crate) fn spawn_program(
+    program: &Program,
+    files: Vec<(OwnedFd, i32)>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Child> {
+    let path = CString::new(program.path.as_os_str().as_bytes())?;
+    let texts = |all: &[String]| -> Result<Vec<CString>, _> {
+        all.iter().map(|text| CString::new(text.as_str())).collect()
+    };
+    let (args, env) = (texts(&program.args)?, texts(&program.env)?);
+    let argv = pointers(std::iter::once(&path).chain(&args));
+    let envp = pointers(&env);
     let null = rustix::fs::open(
         "/dev/null",
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
@@ -65,7 +95,7 @@ pub(crate) fn spawn(
     let tell = above(&low)?;
     let started = clone_into(cgroup)?;
     let Some((pid, process)) = started else {
-        become_program(&program, &plan, tell.as_raw_fd())
+        become_program(&path, [&argv, &envp], &plan, tell.as_raw_fd())
     };
     let child = Child {
         pid,
@@ -166,10 +196,19 @@ fn clone_into(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Option<(u32, OwnedFd
     }
 }
 
+/// An array as execve(2) wants it; valid for as long as the texts are.
+fn pointers<'t>(texts: impl IntoIterator<Item = &'t CString>) -> Vec<*const libc::c_char> {
+    let texts = texts.into_iter().map(|text| text.as_ptr());
+    texts.chain([ptr::null()]).collect()
+}
+
 /// The child's way to the program: system calls only, until it is the program or has said why not.
-fn become_program(program: &CStr, plan: &[(i32, i32)], tell: i32) -> ! {
-    let argv = [program.as_ptr(), ptr::null()];
-    let envp: [*const libc::c_char; 1] = [ptr::null()];
+fn become_program(
+    program: &CStr,
+    [argv, envp]: [&[*const libc::c_char]; 2],
+    plan: &[(i32, i32)],
+    tell: i32,
+) -> ! {
     close_inherited(libc::CLOSE_RANGE_CLOEXEC);
     let placed = plan.iter().all(|(from, to)| {
         // SAFETY: dup2 takes numbers; this process has one thread and no use for what it replaces.

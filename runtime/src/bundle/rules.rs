@@ -8,7 +8,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
-use super::{BundleError, Caller, OCI_VERSION, VmSection};
+use super::{BundleError, Caller, OCI_VERSION, Place, VmSection};
 use crate::config::Config;
 
 /// All rules, in the order in which a person would read the file.
@@ -16,12 +16,13 @@ pub(super) fn check(
     spec: &Spec,
     vm: Option<&VmSection>,
     config: &Config,
+    place: Place,
 ) -> Result<(), BundleError> {
     version(spec.version())?;
     process(spec.process().as_ref())?;
     mounts(spec)?;
     hooks(spec)?;
-    linux(spec)?;
+    linux(spec, place)?;
     vm.map_or(Ok(()), |vm| section_vm(vm, config))
 }
 
@@ -150,16 +151,16 @@ fn hooks(spec: &Spec) -> Result<(), BundleError> {
     Ok(())
 }
 
-fn linux(spec: &Spec) -> Result<(), BundleError> {
+fn linux(spec: &Spec, place: Place) -> Result<(), BundleError> {
     let linux = spec
         .linux()
         .as_ref()
         .ok_or_else(|| invalid("linux must be set"))?;
-    namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+    namespaces(linux.namespaces().as_deref().unwrap_or_default(), place)?;
     unsupported_parts(linux)
 }
 
-fn namespaces(all: &[LinuxNamespace]) -> Result<(), BundleError> {
+fn namespaces(all: &[LinuxNamespace], place: Place) -> Result<(), BundleError> {
     for (index, namespace) in all.iter().enumerate() {
         let kind = name(namespace.typ());
         if all
@@ -175,7 +176,7 @@ fn namespaces(all: &[LinuxNamespace]) -> Result<(), BundleError> {
             .path()
             .as_ref()
             .filter(|path| !path.as_os_str().is_empty());
-        if path.is_some() && namespace.typ() != LinuxNamespaceType::Network {
+        if path.is_some() && !may_be_joined(namespace.typ(), place) {
             return Err(unsupported(
                 format!("linux.namespaces: a path for the {kind} namespace"),
                 "the container runs in a kernel of its own and cannot join a namespace of the host's",
@@ -189,6 +190,15 @@ fn namespaces(all: &[LinuxNamespace]) -> Result<(), BundleError> {
         return Err(host_network());
     }
     Ok(())
+}
+
+/// The kinds of namespaces that may be given by path.
+fn may_be_joined(kind: LinuxNamespaceType, place: Place) -> bool {
+    use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
+    match place {
+        Place::Alone => kind == Network,
+        Place::Member => matches!(kind, Network | Ipc | Uts | Pid),
+    }
 }
 
 /// The refusal of host networking, however it was asked for.
@@ -336,7 +346,22 @@ mod tests {
             value => drop(parent.insert(key.to_owned(), value)),
         }
         let (spec, vm) = vm::parse(spec.to_string().as_bytes()).map_err(|e| e.to_string())?;
-        check(&spec, vm.as_ref(), config).map_err(|error| error.to_string())
+        check(&spec, vm.as_ref(), config, Place::Alone).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_member_of_a_pod_may_name_the_namespaces_that_a_pod_shares() {
+        let with = |kind: &str, place| {
+            let mut spec = good();
+            spec["linux"]["namespaces"] =
+                json!([{"type": "network", "path": "/n"}, {"type": kind, "path": "/x"}]);
+            let (spec, vm) = vm::parse(spec.to_string().as_bytes()).unwrap();
+            check(&spec, vm.as_ref(), &Config::default(), place).is_ok()
+        };
+        for (kind, shared) in [("ipc", true), ("uts", true), ("pid", true), ("user", false)] {
+            assert_eq!(with(kind, Place::Member), shared, "{kind}");
+            assert!(!with(kind, Place::Alone), "{kind}");
+        }
     }
 
     fn refusal(pointer: &str, value: Value) -> String {

@@ -1,0 +1,333 @@
+//! Which sandbox a container belongs to, by the annotations of containerd's CRI and of CRI-O: pure functions.
+//!
+//! Contract: a container without them is alone in its virtual machine. A pod's *sandbox* (the pause container) brings
+//! the virtual machine, whose size comes from the annotations that sum the pod up; the pod's other containers are
+//! *members*: they join the IPC, UTS, network and, when asked, PID namespace of the sandbox's own process in the guest,
+//! and its /dev/shm, a tmpfs in the guest.
+//! Spec: containerd, pkg/cri/annotations; CRI-O, pkg/annotations; kubelet sets none of them.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{
+    LinuxCpuBuilder, LinuxMemoryBuilder, LinuxNamespaceType, LinuxResources, Mount, Spec,
+};
+use serde::Deserialize;
+
+use crate::guest_spec::HostFiles;
+
+/// A container's place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Role {
+    /// No pod.
+    Alone,
+    /// The pod's first container, which stands for it.
+    Sandbox,
+    /// One more container of a pod.
+    Member {
+        /// The pod's sandbox.
+        sandbox: String,
+    },
+}
+
+/// Container type and sandbox id, as each engine names them.
+const NAMES: [(&str, &str); 2] = [
+    (
+        "io.kubernetes.cri.container-type",
+        "io.kubernetes.cri.sandbox-id",
+    ),
+    (
+        "io.kubernetes.cri-o.ContainerType",
+        "io.kubernetes.cri-o.SandboxID",
+    ),
+];
+
+/// Where shared memory is, in every container of a pod.
+const SHM: &str = "/dev/shm";
+
+/// The size of a pod's shared memory if its mount on the host cannot be asked, in bytes: containerd's own default.
+const DEFAULT_SHM_BYTES: u64 = 64 << 20;
+
+type Annotations = HashMap<String, String>;
+
+/// The only part of `config.json` that matters here.
+#[derive(Deserialize)]
+struct Annotated {
+    #[serde(default)]
+    annotations: Option<Annotations>,
+}
+
+/// Why a container's role is not known: no readable `config.json`, a type that no engine has, a member of no sandbox.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RoleError {
+    #[error("read {path}", path = path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path}", path = path.display())]
+    Json {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("annotation {name}: unknown container type {value:?}")]
+    Type { name: &'static str, value: String },
+    #[error("annotation {0} is missing: which pod does the container belong to?")]
+    NoSandbox(&'static str),
+}
+
+/// Reads the role of the container in a bundle.
+pub(super) fn role_of(bundle: &Path) -> Result<Role, RoleError> {
+    let path = bundle.join("config.json");
+    let read = fs::read(&path);
+    let text = read.map_err(|source| RoleError::Read {
+        path: path.clone(),
+        source,
+    })?;
+    let config: Annotated =
+        serde_json::from_slice(&text).map_err(|source| RoleError::Json { path, source })?;
+    role(config.annotations.as_ref())
+}
+
+fn role(annotations: Option<&Annotations>) -> Result<Role, RoleError> {
+    let value = |name| {
+        annotations
+            .and_then(|all| all.get(name))
+            .map(String::as_str)
+    };
+    for (name, sandbox_name) in NAMES {
+        match value(name) {
+            None | Some("") => {}
+            Some("sandbox") => return Ok(Role::Sandbox),
+            Some("container") => {
+                let sandbox = value(sandbox_name).filter(|id| !id.is_empty());
+                return Ok(Role::Member {
+                    sandbox: sandbox
+                        .ok_or(RoleError::NoSandbox(sandbox_name))?
+                        .to_owned(),
+                });
+            }
+            Some(other) => {
+                return Err(RoleError::Type {
+                    name,
+                    value: other.to_owned(),
+                });
+            }
+        }
+    }
+    Ok(Role::Alone)
+}
+
+/// The specification by which a pod's virtual machine and cgroup are sized: the sandbox's own with the sums of its
+/// containers, where the engine has told them.
+pub(super) fn summed_up(spec: &Spec) -> Spec {
+    let number = |name: &str| {
+        let value = spec.annotations().as_ref()?.get(name)?;
+        value.parse::<i64>().ok().filter(|&number| number > 0)
+    };
+    let mut resources = LinuxResources::default();
+    let mut cpu = LinuxCpuBuilder::default();
+    if let Some(quota) = number("io.kubernetes.cri.sandbox-cpu-quota") {
+        cpu = cpu.quota(quota);
+    }
+    if let Some(period) = number("io.kubernetes.cri.sandbox-cpu-period") {
+        cpu = cpu.period(period.unsigned_abs());
+    }
+    if let Some(shares) = number("io.kubernetes.cri.sandbox-cpu-shares") {
+        cpu = cpu.shares(shares.unsigned_abs());
+    }
+    // Builders of plain numbers have nothing to refuse.
+    resources.set_cpu(cpu.build().ok());
+    if let Some(limit) = number("io.kubernetes.cri.sandbox-memory") {
+        resources.set_memory(LinuxMemoryBuilder::default().limit(limit).build().ok());
+    }
+    let mut sized = spec.clone();
+    if let Some(linux) = sized.linux_mut() {
+        linux.set_resources(Some(resources));
+    }
+    sized
+}
+
+/// Makes a sandbox's /dev/shm a tmpfs of the guest, as large as the one on the host that it replaces.
+pub(super) fn own_shared_memory(spec: &mut Spec, size_of: impl Fn(&Path) -> Option<u64>) {
+    let Some((_, mount)) = shared_memory(spec) else {
+        return;
+    };
+    let host = mount.source().as_deref().and_then(size_of);
+    let size = host.unwrap_or(DEFAULT_SHM_BYTES);
+    let options = ["nosuid", "nodev", "noexec", "mode=1777"].map(str::to_owned);
+    let size = format!("size={size}");
+    mount
+        .set_typ(Some("tmpfs".into()))
+        .set_source(Some("shm".into()))
+        .set_options(Some(options.into_iter().chain([size]).collect()));
+}
+
+/// The namespaces of a member that are its pod's.
+pub(super) fn joins(spec: &Spec) -> Vec<LinuxNamespaceType> {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    let is_joined = |kind, path: Option<&PathBuf>| {
+        kind == LinuxNamespaceType::Network || path.is_some_and(|path| !path.as_os_str().is_empty())
+    };
+    namespaces
+        .into_iter()
+        .flatten()
+        .filter(|namespace| is_joined(namespace.typ(), namespace.path().as_ref()))
+        .map(|namespace| namespace.typ())
+        .collect()
+}
+
+/// Points a member's specification, already split into guest's and host's part, at the sandbox's process in the guest.
+pub(super) fn join(
+    guest: &mut Spec,
+    files: &mut HostFiles,
+    joins: &[LinuxNamespaceType],
+    sandbox_pid: u32,
+) {
+    let process = PathBuf::from(format!("/proc/{sandbox_pid}"));
+    if let Some(linux) = guest.linux_mut() {
+        for namespace in linux.namespaces_mut().iter_mut().flatten() {
+            if joins.contains(&namespace.typ())
+                && let Some(name) = file_of(namespace.typ())
+            {
+                namespace.set_path(Some(process.join("ns").join(name)));
+            }
+        }
+    }
+    if let Some((index, mount)) = shared_memory(guest) {
+        mount.set_source(Some(process.join("root/dev/shm")));
+        files.binds.retain(|bind| bind.index != index);
+    }
+}
+
+/// A namespace's name in `/proc/PID/ns`; `None` for the kinds that a pod does not share.
+const fn file_of(kind: LinuxNamespaceType) -> Option<&'static str> {
+    match kind {
+        LinuxNamespaceType::Network => Some("net"),
+        LinuxNamespaceType::Ipc => Some("ipc"),
+        LinuxNamespaceType::Uts => Some("uts"),
+        LinuxNamespaceType::Pid => Some("pid"),
+        _ => None,
+    }
+}
+
+/// The bind mount of the pod's shared memory, and its place among the mounts.
+fn shared_memory(spec: &mut Spec) -> Option<(usize, &mut Mount)> {
+    let mounts = spec.mounts_mut().as_mut()?;
+    mounts.iter_mut().enumerate().find(|(_, mount)| {
+        mount.destination() == Path::new(SHM) && mount.typ().as_deref() == Some("bind")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn annotations(pairs: &[(&str, &str)]) -> Annotations {
+        let own = |(a, b): &(&str, &str)| ((*a).to_owned(), (*b).to_owned());
+        pairs.iter().map(own).collect()
+    }
+
+    fn spec(value: Value) -> Spec {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn roles_are_told_apart_for_containerd_and_cri_o() {
+        let role = |pairs: &[(&str, &str)]| role(Some(&annotations(pairs)));
+        assert_eq!(super::role(None).unwrap(), Role::Alone);
+        assert_eq!(role(&[("x", "y")]).unwrap(), Role::Alone);
+        for (kind, sandbox) in NAMES {
+            assert_eq!(role(&[(kind, "sandbox")]).unwrap(), Role::Sandbox);
+            let member = role(&[(kind, "container"), (sandbox, "s1")]).unwrap();
+            assert_eq!(
+                member,
+                Role::Member {
+                    sandbox: "s1".into()
+                }
+            );
+            assert!(role(&[(kind, "container")]).is_err());
+            assert!(role(&[(kind, "podsandbox")]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_pod_is_as_large_as_its_containers_together() {
+        let sized = summed_up(&spec(json!({
+            "ociVersion": "1.0.2",
+            "annotations": {
+                "io.kubernetes.cri.sandbox-cpu-quota": "150000",
+                "io.kubernetes.cri.sandbox-cpu-period": "100000",
+                "io.kubernetes.cri.sandbox-memory": "134217728",
+            },
+            "linux": {"resources": {"cpu": {"shares": 2}}},
+        })));
+        let linux = serde_json::to_value(sized.linux()).unwrap();
+        assert_eq!(
+            linux["resources"]["cpu"],
+            json!({"quota": 150_000, "period": 100_000})
+        );
+        assert_eq!(linux["resources"]["memory"]["limit"], 134_217_728);
+    }
+
+    #[test]
+    fn zero_means_no_limit() {
+        let sized = summed_up(&spec(json!({
+            "ociVersion": "1.0.2",
+            "annotations": {
+                "io.kubernetes.cri.sandbox-cpu-quota": "0",
+                "io.kubernetes.cri.sandbox-memory": "0",
+            },
+            "linux": {},
+        })));
+        assert!(crate::sizing::memory_limit(&sized).is_none());
+    }
+
+    #[test]
+    fn a_member_joins_the_sandboxs_namespaces_and_no_others() {
+        let member = spec(json!({
+            "ociVersion": "1.0.2",
+            "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/run/x/shm", "options": ["rbind"]}],
+            "linux": {"namespaces": [
+                {"type": "pid"},
+                {"type": "ipc", "path": "/proc/9/ns/ipc"},
+                {"type": "uts", "path": "/proc/9/ns/uts"},
+                {"type": "network", "path": "/proc/9/ns/net"},
+                {"type": "mount"},
+            ]},
+        }));
+        let joined = joins(&member);
+        let (mut guest, mut files) = crate::guest_spec::split("c", Path::new("/b"), member);
+        assert_eq!(files.binds.len(), 1);
+        join(&mut guest, &mut files, &joined, 41);
+        assert!(files.binds.is_empty());
+        let value = serde_json::to_value(&guest).unwrap();
+        let path = |n: usize| value["linux"]["namespaces"][n]["path"].clone();
+        assert_eq!(path(0), Value::Null);
+        assert_eq!(path(1), "/proc/41/ns/ipc");
+        assert_eq!(path(2), "/proc/41/ns/uts");
+        assert_eq!(path(3), "/proc/41/ns/net");
+        assert_eq!(path(4), Value::Null);
+        assert_eq!(value["mounts"][0]["source"], "/proc/41/root/dev/shm");
+    }
+
+    #[test]
+    fn a_sandboxs_shared_memory_is_the_guests_and_as_large_as_the_hosts() {
+        let mount = json!({"destination": "/dev/shm", "type": "bind", "source": "/run/shm", "options": ["rbind"]});
+        let mut sandbox = spec(json!({"ociVersion": "1.0.2", "mounts": [mount]}));
+        own_shared_memory(&mut sandbox, |path| {
+            (path == Path::new("/run/shm")).then_some(4096)
+        });
+        let mount = &serde_json::to_value(&sandbox).unwrap()["mounts"][0];
+        assert_eq!(mount["type"], "tmpfs");
+        assert_eq!(
+            mount["options"],
+            json!(["nosuid", "nodev", "noexec", "mode=1777", "size=4096"])
+        );
+    }
+}

@@ -1,0 +1,558 @@
+//! What a server does for containerd: containers are created, started, asked about, ended and deleted in one sandbox.
+//!
+//! Contract: one sandbox per server. Its first container (one outside Kubernetes, or a pod's sandbox) brings the virtual
+//! machine; a pod's members join it; the virtual machine ends with the last container. A creation that fails leaves
+//! nothing. Events are published in containerd's order: create, start, exit, delete; exec added, exec started, exit.
+//! State changes are the owner's (`sandbox/`): here is only what containerd asks about after an end.
+//! Not here: how containerd asks (`service.rs`).
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::{
+    api::CreateTaskRequest,
+    events::task::{
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+        TaskPaused, TaskResumed, TaskStart,
+    },
+    topics,
+};
+use tokio::sync::{self, Notify};
+
+use super::{
+    container::Container,
+    error::TaskError,
+    events::Publisher,
+    logger::Logger,
+    process::{Ended, Process, timestamp},
+    stdio::{Flowing, Paths},
+};
+use crate::{
+    agent::{AgentError, RefusalKind},
+    sandbox::{Event, ExecRequest, INIT, LOST, Refused, Sandbox, SandboxError},
+    state::Status,
+};
+
+pub(super) mod create;
+
+use create::Pod;
+
+/// How long the last output of a process that has ended may take to reach a reader that is slow.
+const LAST_OUTPUT: Duration = Duration::from_secs(5);
+
+/// The signal that cannot be caught.
+const KILL: i32 = rustix::process::Signal::KILL.as_raw();
+
+/// All containers of a server.
+#[derive(Debug)]
+pub(super) struct Tasks {
+    namespace: String,
+    publisher: Publisher,
+    pub(super) log: Logger,
+    /// Held for a moment, never across an await; before `containers` where both are.
+    pod: Mutex<Option<Arc<Pod>>>,
+    /// Held for a moment, never across an await.
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Held while a container is created or deleted: the first and the last bring and end the virtual machine.
+    changing: sync::Mutex<()>,
+    over: Notify,
+}
+
+/// A container or process as containerd is told of it.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) container: Arc<Container>,
+    pub(super) process: Arc<Process>,
+    pub(super) status: Status,
+}
+
+impl Tasks {
+    /// None yet.
+    pub(super) fn new(namespace: &str, publisher: Publisher, log: Logger) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            publisher,
+            log,
+            pod: Mutex::default(),
+            containers: Mutex::default(),
+            changing: sync::Mutex::new(()),
+            over: Notify::new(),
+        }
+    }
+
+    /// The process that stands for every container of this server on the host: this one.
+    pub(super) fn pid(&self) -> u32 {
+        std::process::id()
+    }
+
+    /// Something has been asked: containerd is there.
+    pub(super) fn heard(&self) {
+        self.publisher.containerd_is_back();
+    }
+
+    /// Waits until the server is not wanted any more.
+    pub(super) async fn over(&self) {
+        self.over.notified().await;
+    }
+
+    /// Ends the server, unless it still has containers.
+    pub(super) fn shut_down(&self) {
+        if self.containers().is_empty() {
+            self.over.notify_one();
+        }
+    }
+
+    /// Ends the virtual machine, and with it all that run.
+    pub(super) async fn stop(&self) {
+        let pod = self.pod().clone();
+        if let Some(pod) = pod {
+            pod.sandbox.stop().await;
+            self.clean_up(pod).await;
+        }
+    }
+
+    /// Creates a container.
+    pub(super) async fn create(
+        self: &Arc<Self>,
+        request: CreateTaskRequest,
+    ) -> Result<u32, TaskError> {
+        let _only_one = self.changing.lock().await;
+        if self.containers().contains_key(&request.id) {
+            return Err(TaskError::Exists(format!("container {}", request.id)));
+        }
+        let (container, flowing) = self.made(&request).await?;
+        let container = Arc::new(container);
+        self.containers()
+            .insert(container.id.clone(), Arc::clone(&container));
+        let event = TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            io: Some(TaskIO {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+                ..Default::default()
+            })
+            .into(),
+            pid: self.pid(),
+            ..Default::default()
+        };
+        self.publisher
+            .publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+        let init = Arc::clone(&container.init);
+        self.watch(container, init, flowing);
+        Ok(self.pid())
+    }
+
+    /// Lets a container's init go on, or starts a process that has been added.
+    pub(super) async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let _told_before_its_end = process.gate.lock().await;
+        if process.ended().is_some() {
+            return Err(TaskError::Finished);
+        }
+        if exec_id.is_empty() {
+            self.start_init(&container).await?;
+        } else {
+            self.start_exec(&container, &process).await?;
+        }
+        Ok(self.pid())
+    }
+
+    async fn start_init(&self, container: &Container) -> Result<(), TaskError> {
+        container.sandbox.start(&container.id).await?;
+        container.init.set_started();
+        if let Err(error) = container.hooks().after_start().await {
+            // As runc: such a container must not run. If it cannot be killed its sandbox is ending.
+            let _ = container
+                .sandbox
+                .signal(&container.id, INIT, KILL, true)
+                .await;
+            return Err(error.into());
+        }
+        let event = TaskStart {
+            container_id: container.id.clone(),
+            pid: self.pid(),
+            ..Default::default()
+        };
+        self.publisher
+            .publish(topics::TASK_START_EVENT_TOPIC, &event);
+        Ok(())
+    }
+
+    async fn start_exec(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        process: &Arc<Process>,
+    ) -> Result<(), TaskError> {
+        if process.is_started() {
+            return Err(TaskError::Running(format!("process {}", process.id)));
+        }
+        let mut files = process.paths.open(&self.namespace, &container.id)?;
+        let request = ExecRequest {
+            process_id: process.id.clone(),
+            process: process.spec.clone(),
+            wanted: files.wanted(process.paths.terminal),
+            ignore_paused: false,
+        };
+        let started = container.sandbox.exec(&container.id, request).await?;
+        process.set_started();
+        process.hold_input(files.keeper.take());
+        let flowing = files.flow(started.streams)?;
+        let event = TaskExecStarted {
+            container_id: container.id.clone(),
+            exec_id: process.id.clone(),
+            pid: self.pid(),
+            ..Default::default()
+        };
+        self.publisher
+            .publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+        self.watch(Arc::clone(container), Arc::clone(process), flowing);
+        Ok(())
+    }
+
+    /// Adds a process to a container.
+    pub(super) fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        paths: Paths,
+        spec: Vec<u8>,
+    ) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            return Err(TaskError::Nonsense("an exec without a name"));
+        }
+        container.add(Process::new(exec_id, paths, spec))?;
+        let event = TaskExecAdded {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        self.publisher
+            .publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+        Ok(())
+    }
+
+    /// Sends a signal.
+    pub(super) async fn kill(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if process.ended().is_some() {
+            return Err(TaskError::Finished);
+        }
+        if !exec_id.is_empty() && !process.is_started() {
+            return Err(TaskError::NoProcess(exec_id.to_owned()));
+        }
+        let signal =
+            i32::try_from(signal).map_err(|_| TaskError::Nonsense("the signal's number"))?;
+        container
+            .sandbox
+            .signal(id, exec_id, signal, all)
+            .await
+            .map_err(|error| {
+                if is_gone(&error) {
+                    TaskError::Finished
+                } else {
+                    error.into()
+                }
+            })
+    }
+
+    /// Freezes or thaws a container.
+    pub(super) async fn freeze(&self, id: &str, event: Event) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let container_id = id.to_owned();
+        if event == Event::Pause {
+            container.sandbox.pause(id).await?;
+            let event = TaskPaused {
+                container_id,
+                ..Default::default()
+            };
+            self.publisher
+                .publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
+        } else {
+            container.sandbox.resume(id).await?;
+            let event = TaskResumed {
+                container_id,
+                ..Default::default()
+            };
+            self.publisher
+                .publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
+        }
+        Ok(())
+    }
+
+    /// Tells a process's terminal its size.
+    pub(super) async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        [rows, columns]: [u32; 2],
+    ) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let size = (u16::try_from(rows), u16::try_from(columns));
+        let (Ok(rows), Ok(columns)) = size else {
+            return Err(TaskError::Nonsense("the terminal's size"));
+        };
+        if process.ended().is_some() {
+            return Err(TaskError::Finished);
+        }
+        Ok(container
+            .sandbox
+            .resize(id, exec_id, (rows, columns))
+            .await?)
+    }
+
+    /// Ends a process's input.
+    pub(super) fn close_input(&self, id: &str, exec_id: &str) -> Result<(), TaskError> {
+        self.container(id)?.process(exec_id)?.close_input();
+        Ok(())
+    }
+
+    /// The guest's pids of a container's processes.
+    pub(super) async fn pids(&self, id: &str) -> Result<Vec<u32>, TaskError> {
+        Ok(self.container(id)?.sandbox.processes(id).await?)
+    }
+
+    /// Waits for a process's end.
+    pub(super) async fn wait(&self, id: &str, exec_id: &str) -> Result<Ended, TaskError> {
+        let process = self.container(id)?.process(exec_id)?;
+        Ok(process.wait().await)
+    }
+
+    /// What is true of a process.
+    pub(super) async fn report(&self, id: &str, exec_id: &str) -> Result<Report, TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let status = if process.ended().is_some() {
+            Status::Stopped
+        } else if !exec_id.is_empty() && !process.is_started() {
+            Status::Created
+        } else {
+            match container.sandbox.status(id).await {
+                // Its init has ended, and its output is still on the way: containerd hears of the end together with it.
+                Ok(Status::Stopped) => Status::Running,
+                Ok(status) => status,
+                Err(SandboxError::Ended(_) | SandboxError::NotFound(_)) => Status::Running,
+                Err(error) => return Err(error.into()),
+            }
+        };
+        Ok(Report {
+            container,
+            process,
+            status,
+        })
+    }
+
+    /// Forgets a process that is not running.
+    pub(super) async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Ended, TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let ended = match process.ended() {
+            Some(ended) => ended,
+            None if !process.is_started() => never_started(),
+            None => return Err(TaskError::Running(format!("process {exec_id}"))),
+        };
+        container.remove(exec_id);
+        Ok(ended)
+    }
+
+    /// Removes a container that does not run, and with the last one the virtual machine.
+    pub(super) async fn delete(&self, id: &str) -> Result<Ended, TaskError> {
+        let _only_one = self.changing.lock().await;
+        let container = self.container(id)?;
+        if container.init.ended().is_none() {
+            match container.sandbox.status(id).await {
+                Ok(Status::Running | Status::Paused) => {
+                    return Err(TaskError::Running(format!("container {id}")));
+                }
+                // One that was never started goes with its init.
+                Ok(Status::Created) => {
+                    let _ = container.sandbox.signal(id, INIT, KILL, true).await;
+                }
+                _ => {}
+            }
+        }
+        let ended = container.init.wait().await;
+        let pod = self.pod().clone();
+        let is_last = self.containers().len() == 1;
+        if let Some(pod) = pod {
+            if is_last {
+                pod.sandbox.stop().await;
+                container.unmount();
+                self.clean_up(pod).await;
+            } else {
+                match pod.sandbox.delete(id).await {
+                    Ok(()) | Err(SandboxError::NotFound(_) | SandboxError::Ended(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                pod.share.remove(id)?;
+                container.unmount();
+            }
+        }
+        self.containers().remove(id);
+        let hooks = container.hooks().clone();
+        if !hooks.lists.poststop.is_empty() {
+            let failures = tokio::task::spawn_blocking(move || hooks.after_deletion()).await;
+            for failure in failures.unwrap_or_default() {
+                self.log.warning(&failure);
+            }
+        }
+        let event = TaskDelete {
+            container_id: id.to_owned(),
+            pid: self.pid(),
+            exit_status: ended.status.into(),
+            exited_at: Some(timestamp(ended.at)).into(),
+            ..Default::default()
+        };
+        self.publisher
+            .publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
+        Ok(ended)
+    }
+
+    /// Removes what a stopped virtual machine leaves on the host.
+    async fn clean_up(&self, pod: Arc<Pod>) {
+        drop(self.pod().take());
+        let removed = tokio::task::spawn_blocking(move || pod.remove()).await;
+        if let Ok(Err(error)) = removed {
+            self.log.error(&crate::error::message(&error));
+        }
+    }
+
+    /// Tells of a process's end when its last output has been passed on.
+    fn watch(
+        self: &Arc<Self>,
+        container: Arc<Container>,
+        process: Arc<Process>,
+        mut flowing: Flowing,
+    ) {
+        let tasks = Arc::clone(self);
+        tokio::spawn(async move {
+            let ending = exit_of(&container.sandbox, &container.id, &process.id).await;
+            let at = SystemTime::now();
+            // A reader that does not read must not keep the end from being told.
+            let _ = tokio::time::timeout(LAST_OUTPUT, flowing.reached(ending.output)).await;
+            let _after_its_start = process.gate.lock().await;
+            if let Some(why) = ending.lost {
+                tasks
+                    .log
+                    .error(&format!("container {}: {why}", container.id));
+            }
+            if ending.oom_killed {
+                let event = TaskOOM {
+                    container_id: container.id.clone(),
+                    ..Default::default()
+                };
+                tasks
+                    .publisher
+                    .publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+            }
+            let ended = Ended {
+                status: ending.status,
+                at,
+            };
+            let id = match process.id.as_str() {
+                INIT => &container.id,
+                exec => exec,
+            };
+            let event = TaskExit {
+                container_id: container.id.clone(),
+                id: id.to_owned(),
+                pid: tasks.pid(),
+                exit_status: ended.status.into(),
+                exited_at: Some(timestamp(at)).into(),
+                ..Default::default()
+            };
+            tasks
+                .publisher
+                .publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
+            process.end(ended);
+        });
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let container = self.containers().get(id).cloned();
+        container.ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pod(&self) -> MutexGuard<'_, Option<Arc<Pod>>> {
+        self.pod.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A process's end as the guest tells it, or as it must be when the guest is gone.
+struct Ending {
+    status: u8,
+    oom_killed: bool,
+    /// Bytes of standard output and standard error.
+    output: [u64; 2],
+    lost: Option<String>,
+}
+
+async fn exit_of(sandbox: &Sandbox, id: &str, process_id: &str) -> Ending {
+    match sandbox.wait(id, process_id).await {
+        Ok(exit) => Ending {
+            status: exit.status,
+            oom_killed: exit.oom_killed,
+            output: [exit.stdout_bytes, exit.stderr_bytes],
+            lost: None,
+        },
+        Err(error) => Ending {
+            status: LOST,
+            oom_killed: false,
+            output: [u64::MAX; 2],
+            lost: Some(crate::error::message(&error)),
+        },
+    }
+}
+
+/// Whether an error means that there is nobody to signal any more.
+fn is_gone(error: &SandboxError) -> bool {
+    matches!(
+        error,
+        SandboxError::NotFound(_)
+            | SandboxError::Ended(_)
+            | SandboxError::Refused(Refused {
+                from: Status::Stopped,
+                ..
+            })
+            | SandboxError::Agent(AgentError::Refused {
+                kind: RefusalKind::NotFound,
+                ..
+            })
+    )
+}
+
+/// What containerd is told of a process that was added, never started, and is deleted.
+fn never_started() -> Ended {
+    Ended {
+        status: 0,
+        at: SystemTime::now(),
+    }
+}
+
+/// The bundle's path as the host has it.
+fn bundle_path(request: &CreateTaskRequest) -> PathBuf {
+    Path::new(&request.bundle).to_path_buf()
+}

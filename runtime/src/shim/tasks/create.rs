@@ -1,0 +1,316 @@
+//! From a request to a created container: a virtual machine for the first of a sandbox, a place in it for the others.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use containerd_shim_protos::{api::CreateTaskRequest, protobuf::Message, shim::oci::Options};
+use oci_spec::runtime::Spec;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{KILL, Tasks, bundle_path};
+use crate::{
+    boot::Boot,
+    bundle::Bundle,
+    cgroup::{CgroupError, HostCgroup},
+    config::Config,
+    guest_spec::{self, HostFiles},
+    monitor::HostHooks,
+    sandbox::{CreateRequest, INIT, Sandbox},
+    share::Share,
+    shim::{
+        container::{Container, Hooks},
+        error::{TaskError, host},
+        pod::{self, Role},
+        process::Process,
+        rootfs::{self, Rootfs},
+        stdio::{Files, Flowing, Paths},
+        ticket::Ticket,
+    },
+    sizing::{self, Host, VmSize},
+    state::{ContainerId, State, Status, timestamp},
+};
+
+/// A virtual machine and its host side.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    /// Its first container.
+    id: String,
+    pub(super) sandbox: Sandbox,
+    /// Unmounted when dropped.
+    pub(super) share: Share,
+    cgroup: PathBuf,
+    /// The pid in the guest of the first container's init, which holds the namespaces of a pod.
+    holder: u32,
+    /// The first container's bundle, locked: whoever gets the lock knows that this server is gone.
+    _lock: File,
+}
+
+impl Pod {
+    /// Removes what is left on the host of one that has been stopped.
+    pub(super) fn remove(&self) -> Result<(), CgroupError> {
+        HostCgroup::at(self.cgroup.clone()).remove()
+    }
+}
+
+/// A container that is wanted, checked and with its root file system mounted.
+struct Wanted {
+    id: ContainerId,
+    bundle: Bundle,
+    role: Role,
+    rootfs: Rootfs,
+    paths: Paths,
+    hooks: Hooks,
+    config: Config,
+    systemd_cgroup: bool,
+}
+
+/// A container that the guest has created.
+struct Created {
+    flowing: Flowing,
+    guest_pid: u32,
+}
+
+impl Tasks {
+    /// Makes a container; a failure leaves nothing.
+    pub(super) async fn made(
+        &self,
+        request: &CreateTaskRequest,
+    ) -> Result<(Container, Flowing), TaskError> {
+        let wanted = Wanted::of(request)?;
+        for warning in &wanted.bundle.warnings {
+            self.log
+                .warning(&format!("container {}: {warning}", wanted.id));
+        }
+        let init = Process::new(INIT, wanted.paths.clone(), Vec::new());
+        let there = self.pod().clone();
+        let (pod, flowing) = match (&wanted.role, there) {
+            (Role::Alone | Role::Sandbox, None) => {
+                let (pod, flowing) = self.first(&wanted, &init).await?;
+                let pod = Arc::new(pod);
+                *self.pod() = Some(Arc::clone(&pod));
+                (pod, flowing)
+            }
+            (Role::Member { sandbox }, Some(pod)) if pod.id == *sandbox => {
+                let flowing = self.member(&wanted, &init, &pod).await?;
+                (pod, flowing)
+            }
+            (Role::Member { sandbox }, _) => return Err(TaskError::OtherSandbox(sandbox.clone())),
+            (_, Some(_)) => return Err(TaskError::OtherSandbox(wanted.id.to_string())),
+        };
+        let container = Container::new(
+            request.bundle.clone(),
+            pod.sandbox.clone(),
+            init,
+            wanted.rootfs,
+            wanted.hooks,
+        );
+        Ok((container, flowing))
+    }
+
+    /// The first container of a sandbox, with the virtual machine.
+    async fn first(&self, wanted: &Wanted, init: &Process) -> Result<(Pod, Flowing), TaskError> {
+        let Wanted {
+            bundle, config, id, ..
+        } = wanted;
+        let mut spec = bundle.spec.clone();
+        let sized = if wanted.role == Role::Sandbox {
+            pod::own_shared_memory(&mut spec, rootfs::size_of);
+            pod::summed_up(&spec)
+        } else {
+            spec.clone()
+        };
+        let size = sizing::size(&sized, bundle.vm.as_ref(), config, Host::detect())?;
+        let lock = locked(&bundle.path)?;
+        let cgroup = wanted.cgroup(&sized, size)?;
+        let (guest, files) = guest_spec::split(id.as_str(), &bundle.path, spec);
+        let share = Share::make(&bundle.path.join("share"))?;
+        share.add(id.as_str(), &files)?;
+        let booting = Boot {
+            dir: &bundle.path,
+            config,
+            vm: bundle.vm.as_ref(),
+            size,
+            share: &share,
+            cgroup: &cgroup,
+        }
+        .start()?;
+        let streams = wanted.paths.open(&self.namespace, id.as_str())?;
+        let sandbox = booting.ready().await?.spawn();
+        match wanted
+            .set_up(init, &sandbox, &share, (guest, files), streams)
+            .await
+        {
+            Ok(Created { flowing, guest_pid }) => {
+                let pod = Pod {
+                    id: id.to_string(),
+                    sandbox,
+                    share,
+                    cgroup: cgroup.keep(),
+                    holder: guest_pid,
+                    _lock: lock,
+                };
+                Ok((pod, flowing))
+            }
+            Err(error) => {
+                sandbox.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// One more container of a pod.
+    async fn member(
+        &self,
+        wanted: &Wanted,
+        init: &Process,
+        pod: &Pod,
+    ) -> Result<Flowing, TaskError> {
+        let Wanted { bundle, id, .. } = wanted;
+        let joins = pod::joins(&bundle.spec);
+        let (mut guest, mut files) =
+            guest_spec::split(id.as_str(), &bundle.path, bundle.spec.clone());
+        pod::join(&mut guest, &mut files, &joins, pod.holder);
+        let shared = pod.share.add(id.as_str(), &files);
+        let created = async {
+            shared?;
+            let streams = wanted.paths.open(&self.namespace, id.as_str())?;
+            wanted
+                .set_up(init, &pod.sandbox, &pod.share, (guest, files), streams)
+                .await
+        };
+        match created.await {
+            Ok(Created { flowing, .. }) => Ok(flowing),
+            Err(error) => {
+                // The error that led here is the one to report.
+                let _ = pod.share.remove(id.as_str());
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Wanted {
+    /// Reads and checks what is wanted, and mounts its root file system.
+    fn of(request: &CreateTaskRequest) -> Result<Self, TaskError> {
+        if !request.checkpoint.is_empty() {
+            return Err(TaskError::Unsupported("to restore a checkpoint"));
+        }
+        let id = ContainerId::parse(&request.id)?;
+        let path = bundle_path(request);
+        let role = pod::role_of(&path)?;
+        let rootfs = Rootfs::mount(&request.rootfs, &path.join("rootfs"))?;
+        let config = Config::load()?;
+        let bundle = match role {
+            Role::Member { .. } => Bundle::load_member(&path, &config)?,
+            Role::Alone | Role::Sandbox => Bundle::load(&path, &config)?,
+        };
+        let hooks = Hooks {
+            lists: HostHooks::of(&bundle.spec),
+            state: first_state(&id, &bundle),
+        };
+        Ok(Self {
+            id,
+            role,
+            rootfs,
+            paths: Paths {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+            },
+            hooks,
+            config,
+            bundle,
+            systemd_cgroup: systemd_cgroup(request),
+        })
+    }
+
+    /// Makes the sandbox's cgroup, and leaves word of it for whoever has to clean up after this server.
+    fn cgroup(&self, sized: &Spec, size: VmSize) -> Result<HostCgroup, TaskError> {
+        let left = host("leave word for a later delete");
+        let store = |cgroup: Option<&HostCgroup>| {
+            Ticket {
+                pid: std::process::id(),
+                cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
+            }
+            .store(&self.bundle.path)
+        };
+        self.hooks.lists.store(&self.bundle.path).map_err(&left)?;
+        store(None).map_err(&left)?;
+        let cgroup = HostCgroup::make(sized, &self.id, size, self.systemd_cgroup)?;
+        store(Some(&cgroup)).map_err(&left)?;
+        Ok(cgroup)
+    }
+
+    /// The container in the guest, its streams flowing.
+    async fn set_up(
+        &self,
+        init: &Process,
+        sandbox: &Sandbox,
+        share: &Share,
+        (guest, files): (Spec, HostFiles),
+        mut streams: Files,
+    ) -> Result<Created, TaskError> {
+        self.hooks.before_creation().await?;
+        let id = self.id.as_str();
+        let request = CreateRequest {
+            spec: serde_json::to_vec(&guest).map_err(TaskError::Spec)?,
+            bundle: self.bundle.path.to_string_lossy().into_owned(),
+            wanted: streams.wanted(self.paths.terminal),
+        };
+        let started = sandbox.create(id, request).await?;
+        init.hold_input(streams.keeper.take());
+        let ready = streams
+            .flow(started.streams)
+            .map_err(TaskError::from)
+            .and_then(|flowing| Ok((flowing, share.seal(id, &files)?)));
+        match ready {
+            Ok((flowing, ())) => Ok(Created {
+                flowing,
+                guest_pid: started.pid,
+            }),
+            Err(error) => {
+                // It must not stay in a sandbox that lives on. What fails here fails because the sandbox is ending.
+                let _ = sandbox.signal(id, INIT, KILL, true).await;
+                let _ = sandbox.wait(id, INIT).await;
+                let _ = sandbox.delete(id).await;
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Takes the lock on a bundle that tells others whether its server lives.
+fn locked(bundle: &Path) -> Result<File, TaskError> {
+    let failed = host("lock the bundle");
+    let dir = File::open(bundle).map_err(&failed)?;
+    flock(&dir, FlockOperation::NonBlockingLockExclusive).map_err(|errno| failed(errno.into()))?;
+    Ok(dir)
+}
+
+fn first_state(id: &ContainerId, bundle: &Bundle) -> State {
+    State {
+        oci_version: bundle.spec.version().clone(),
+        id: id.clone(),
+        pid: std::process::id(),
+        status: Status::Creating,
+        bundle: bundle.path.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: timestamp(SystemTime::now()),
+        annotations: bundle.spec.annotations().clone(),
+        cgroup: None,
+    }
+}
+
+/// Whether containerd's configuration asks for systemd's cgroups (`SystemdCgroup`, as for runc).
+fn systemd_cgroup(request: &CreateTaskRequest) -> bool {
+    let options = request.options.as_ref();
+    options
+        .filter(|any| any.type_url.ends_with("containerd.runc.v1.Options"))
+        .and_then(|any| Options::parse_from_bytes(&any.value).ok())
+        .is_some_and(|options| options.systemd_cgroup)
+}
