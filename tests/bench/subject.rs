@@ -1,7 +1,7 @@
 //! What is measured: the programs that run the bundle, and the place where they do.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -93,8 +93,8 @@ impl Subject {
         Ok(command)
     }
 
-    /// What a program prints that may write to its root file system and give files away.
-    pub(crate) fn output(self, place: &Place, args: &[&str]) -> io::Result<String> {
+    /// Each line that a program prints, and when it arrived. It may write to its root file system and give files away.
+    pub(crate) fn lines(self, place: &Place, args: &[&str]) -> io::Result<Vec<(String, u64)>> {
         let bundle = place.bundle(args)?;
         place.edit(|spec| {
             spec["root"]["readonly"] = json!(false);
@@ -103,12 +103,17 @@ impl Subject {
                 spec["process"]["capabilities"][set] = json!(names);
             }
         })?;
-        let output = self.command(place, &bundle)?.output()?;
-        if !output.status.success() {
-            let status = output.status;
-            return Err(io::Error::other(format!("{}: {status}", self.name())));
+        let mut child = self.command(place, &bundle)?.spawn()?;
+        let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        let lines = BufReader::new(stdout).lines();
+        let lines = lines.map(|line| line.map(|line| (line, now())));
+        let lines = lines.collect::<io::Result<_>>()?;
+        let status = child.wait()?;
+        if status.success() {
+            Ok(lines)
+        } else {
+            Err(io::Error::other(format!("{}: {status}", self.name())))
         }
-        String::from_utf8(output.stdout).map_err(io::Error::other)
     }
 
     /// Runs the bundle's `true`, or `args` instead, and takes the time.
