@@ -37,8 +37,16 @@ pub(super) struct Process {
     pub(super) gate: sync::Mutex<()>,
     started: AtomicBool,
     ended: watch::Sender<Option<Ended>>,
-    /// Keeps its input from ending; dropped by `CloseIO`. Held for a moment.
-    input: Mutex<Option<OwnedFd>>,
+    /// Held for a moment.
+    input: Mutex<Input>,
+}
+
+/// What keeps a process's input from ending.
+#[derive(Debug, Default)]
+struct Input {
+    keeper: Option<OwnedFd>,
+    /// `CloseIO` has been asked for: a client may do that before the process runs.
+    is_closed: bool,
 }
 
 impl Process {
@@ -51,7 +59,7 @@ impl Process {
             gate: sync::Mutex::new(()),
             started: AtomicBool::new(false),
             ended: watch::Sender::new(None),
-            input: Mutex::new(None),
+            input: Mutex::default(),
         }
     }
 
@@ -90,12 +98,19 @@ impl Process {
 
     /// Holds its input open until [`Process::close_input`].
     pub(super) fn hold_input(&self, keeper: Option<OwnedFd>) {
-        *self.input.lock().unwrap_or_else(PoisonError::into_inner) = keeper;
+        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        if !input.is_closed {
+            input.keeper = keeper;
+        }
     }
 
     /// Ends its input once all other writers have gone.
     pub(super) fn close_input(&self) {
-        self.hold_input(None);
+        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        *input = Input {
+            keeper: None,
+            is_closed: true,
+        };
     }
 }
 
@@ -128,6 +143,15 @@ mod tests {
         assert_eq!(early.await, ended);
         assert_eq!(process.wait().await, ended);
         assert_eq!(process.ended(), Some(ended));
+    }
+
+    #[test]
+    fn input_that_is_closed_before_the_process_runs_is_not_held() {
+        let process = Process::new("e", Paths::default(), Vec::new());
+        process.close_input();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        process.hold_input(Some(writer.into()));
+        assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
     }
 
     #[test]

@@ -108,7 +108,11 @@ fn hold(count: usize, distinct: usize) -> Verdict {
             .last();
         let expected = path(last.unwrap_or(index)).into_bytes();
         let through = read_at(&held[index], 0, expected.len())?;
-        equal(format!("contents of open file {index}"), through, expected.clone())?;
+        equal(
+            format!("contents of open file {index}"),
+            through,
+            expected.clone(),
+        )?;
         let name = path(index % distinct);
         let by_name = read_at(reader(&name)?, 0, expected.len())?;
         equal(format!("contents of {name}"), by_name, expected)?;
