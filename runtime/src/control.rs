@@ -89,6 +89,8 @@ pub enum Answer {
         /// Bytes of standard error that are its own.
         stderr_bytes: u64,
     },
+    /// The virtual machine is lost, and the process with it: why.
+    Lost(String),
     /// The pids.
     Processes(Vec<u32>),
     /// It is not done.

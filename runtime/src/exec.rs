@@ -31,6 +31,9 @@ pub const COMMAND: &str = "exec-monitor";
 /// Exit status of a process whose end nobody heard of.
 const LOST: u8 = 137;
 
+/// Why nobody heard of it.
+const MONITOR_GONE: &str = "the container's monitor was killed";
+
 /// How long the last bytes of preserved descriptors may take after the process's end. Their end need not come: other
 /// processes of the container may hold copies.
 const LAST_BYTES: Duration = Duration::from_secs(1);
@@ -135,8 +138,9 @@ impl Session {
         })
     }
 
-    /// Follows the process to its end and its last byte of output; answers its exit status.
-    pub async fn follow(self, mut signals: Signals) -> u8 {
+    /// Follows the process to its end and its last byte of output; answers its exit status, and why the virtual machine
+    /// ended if that was the reason.
+    pub async fn follow(self, mut signals: Signals) -> (u8, Option<String>) {
         let Self {
             control,
             progress,
@@ -144,15 +148,16 @@ impl Session {
             terminal,
             controls_terminal,
         } = self;
-        let (status, ends) = loop {
+        let (status, ends, lost) = loop {
             tokio::select! {
                 answer = control.receive::<Answer>() => match answer {
                     Ok(Some((Answer::Exited { status, stdout_bytes, stderr_bytes }, _))) => {
-                        break (status, [stdout_bytes, stderr_bytes]);
+                        break (status, [stdout_bytes, stderr_bytes], None);
                     }
+                    Ok(Some((Answer::Lost(how), _))) => break (LOST, [u64::MAX; 2], Some(how)),
                     Ok(Some(_)) => {}
                     // The monitor is gone, and the container with it.
-                    Ok(None) | Err(_) => break (LOST, [u64::MAX; 2]),
+                    Ok(None) | Err(_) => break (LOST, [u64::MAX; 2], Some(MONITOR_GONE.to_owned())),
                 },
                 number = signals.next() => {
                     // If the monitor is gone, its hang-up is next.
@@ -174,7 +179,7 @@ impl Session {
         if let Some(terminal) = terminal.filter(|_| controls_terminal) {
             terminal::release(terminal.as_fd());
         }
-        status
+        (status, lost)
     }
 }
 
@@ -241,7 +246,7 @@ pub fn main() -> ExitCode {
         let _ = packet::send(socket.as_fd(), &report, &[]);
         drop(socket);
         match followed {
-            Some(followed) => ExitCode::from(followed.await),
+            Some(followed) => ExitCode::from(followed.await.0),
             None => ExitCode::FAILURE,
         }
     })

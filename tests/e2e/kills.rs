@@ -46,7 +46,7 @@ impl Victim {
 
 /// Whatever happened: the truth, then nothing.
 #[track_caller]
-fn truth_then_nothing(case: &Case, id: &str, context: &str) {
+pub(crate) fn truth_then_nothing(case: &Case, id: &str, context: &str) {
     let status = case.status(id);
     let alive = case.exec(id, "echo alive");
     match status.as_str() {

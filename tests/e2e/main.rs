@@ -5,9 +5,11 @@
 
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
+mod agent_deaths;
 mod bytes;
 mod cycles;
 mod files;
+mod guest_ends;
 mod host;
 mod isolation;
 mod kills;

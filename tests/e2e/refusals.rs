@@ -179,21 +179,6 @@ fn a_memory_limit_below_what_a_machine_needs() {
     run_is_refused(&case, &bundle, "memory");
 }
 
-/// A configuration like the case's, with one line changed.
-fn configured(case: &Case, key: &str, value: &Path) -> std::path::PathBuf {
-    let text = fs::read_to_string(case.dir().join("config.toml")).expect("config.toml");
-    let lines = text.lines().map(|line| {
-        if line.starts_with(&format!("{key} =")) {
-            format!("{key} = {value:?}\n")
-        } else {
-            format!("{line}\n")
-        }
-    });
-    let file = case.dir().join("changed.toml");
-    fs::write(&file, lines.collect::<String>()).expect("write");
-    file
-}
-
 #[test]
 fn a_guest_kernel_that_is_missing_or_none() {
     let Some(case) = Case::begin_with_vm("runc has no guest kernel") else {
@@ -206,7 +191,7 @@ fn a_guest_kernel_that_is_missing_or_none() {
         (Path::new("/no/such/vmlinux"), "/no/such/vmlinux"),
         (&no_kernel, "kernel"),
     ] {
-        let config = configured(&case, "kernel", path);
+        let config = case.configured("kernel", &format!("{path:?}"));
         case.run_call(&bundle, "one")
             .env("CAISSON_CONFIG", config)
             .finish()
@@ -227,7 +212,7 @@ fn an_initramfs_that_is_missing_or_corrupt() {
         (Path::new("/no/such/initramfs"), "/no/such/initramfs"),
         (&corrupt, "initramfs"),
     ] {
-        let config = configured(&case, "initramfs", path);
+        let config = case.configured("initramfs", &format!("{path:?}"));
         case.run_call(&bundle, "one")
             .env("CAISSON_CONFIG", config)
             .finish()

@@ -22,13 +22,12 @@ const SIGNALS: &[(Signal, &str)] = &[
 fn each_signal_arrives(mut running: Running) {
     assert_eq!(running.line(), "ready");
     for (signal, name) in SIGNALS {
-        running.signal(*signal);
-        // Go's scheduler sends itself SIGURG, and runc forwards that too.
-        let mut said = running.line();
-        while said == "URG" {
-            said = running.line();
+        // runc takes this one as a change of its terminal's size, and has no terminal here (its signals.go).
+        if *signal == Signal::WINCH && caisson_tests::case::runtime() == "runc" {
+            continue;
         }
-        assert_eq!(said, *name);
+        running.signal(*signal);
+        assert_eq!(running.line(), *name);
     }
     assert_eq!(running.finish().status, 0);
 }

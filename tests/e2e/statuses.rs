@@ -25,8 +25,7 @@ fn run_returns_the_programs_status() {
 fn exec_returns_every_status_from_0_to_255() {
     let case = Case::begin();
     case.start(&waiting(&case), "one");
-    // Each status once, in steps that touch every bit; all 256 would only take longer.
-    for status in (0..=255).step_by(15) {
+    for status in 0..=255 {
         assert_eq!(case.exec("one", &format!("exit {status}")).status, status);
     }
     case.delete("one");

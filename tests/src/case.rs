@@ -11,6 +11,8 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify;
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
@@ -32,16 +34,16 @@ pub struct Case {
     _turn: MutexGuard<'static, ()>,
 }
 
-/// How long a case may take before its processes are killed.
+/// How long most cases may take before their processes are killed.
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Kills this process's descendants when a case takes too long: a test that reads from them then fails.
-fn watch(case: &str) -> mpsc::Sender<()> {
+fn watch(case: &str, limit: Duration) -> mpsc::Sender<()> {
     let (sender, receiver) = mpsc::channel::<()>();
     let case = case.to_owned();
     std::thread::spawn(move || {
-        if receiver.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("{case} takes longer than {LIMIT:?}: killing its processes");
+        if receiver.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{case} takes longer than {limit:?}: killing its processes");
             for process in host::descendants(std::process::id().cast_signed()) {
                 if let Some(pid) = Pid::from_raw(process.pid) {
                     let _ = rustix::process::kill_process(pid, Signal::KILL);
@@ -60,6 +62,11 @@ pub fn runtime() -> String {
 impl Case {
     /// Waits for its turn and looks at the host.
     pub fn begin() -> Self {
+        Self::begin_within(LIMIT)
+    }
+
+    /// The same for a case that does a lot: its processes are killed after `limit`.
+    pub fn begin_within(limit: Duration) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let name = std::thread::current()
             .name()
@@ -79,7 +86,7 @@ impl Case {
             dir,
             before,
             calls: Cell::new(0),
-            _watched: watch(&name),
+            _watched: watch(&name, limit),
             _turn: turn,
         }
     }
@@ -142,6 +149,21 @@ impl Case {
         self.calls.set(number + 1);
         Call::new(program, &self.dir.join(format!("call-{number}")))
             .env("CAISSON_CONFIG", self.dir.join("config.toml"))
+    }
+
+    /// A copy of the case's configuration file in which `key` has another value, as TOML spells it.
+    pub fn configured(&self, key: &str, value: &str) -> PathBuf {
+        let text = fs::read_to_string(self.dir.join("config.toml")).expect("config.toml");
+        let is_other = |line: &&str| line.split(' ').next() != Some(key);
+        let mut changed: String = text
+            .lines()
+            .filter(is_other)
+            .map(|line| format!("{line}\n"))
+            .collect();
+        changed.push_str(&format!("{key} = {value}\n"));
+        let file = self.dir.join("changed.toml");
+        fs::write(&file, changed).expect("changed.toml");
+        file
     }
 
     /// `run` of a bundle in the foreground.
@@ -225,6 +247,28 @@ impl Case {
     pub fn wait(&self, id: &str) {
         let ended = crate::call::wait_for_exit(self.pid(id), Duration::from_secs(60));
         assert!(ended, "container {id} did not end");
+    }
+
+    /// Waits until there is a file below this case's directory, for at most a minute.
+    #[track_caller]
+    pub fn wait_for_file(&self, path: &Path) {
+        let dir = path.parent().expect("a file in a directory");
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC).expect("inotify");
+        inotify::add_watch(&watch, dir, inotify::WatchFlags::CREATE).expect("watch");
+        let limit = Timespec {
+            tv_sec: 60,
+            tv_nsec: 0,
+        };
+        let mut events = [0; 4096];
+        while !path.exists() {
+            let mut polled = [PollFd::new(&watch, PollFlags::IN)];
+            assert!(
+                poll(&mut polled, Some(&limit)).expect("poll") > 0,
+                "no {}",
+                path.display()
+            );
+            rustix::io::read(&watch, &mut events).expect("read");
+        }
     }
 
     /// `delete --force`.

@@ -11,6 +11,7 @@ pub mod bundle;
 pub mod call;
 pub mod case;
 pub mod host;
+pub mod kernel;
 pub mod mount;
 pub mod terminal;
 

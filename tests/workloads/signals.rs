@@ -2,15 +2,16 @@
 //!
 //! The first line is `ready`: from then on no signal is lost to its default action, so a test may send at once.
 //! Signals that are pending twice are delivered once: a sender waits for the line before it sends the next.
-//! SIGKILL and SIGSTOP cannot be caught; SIGSEGV, SIGILL and SIGFPE are left alone.
+//! SIGKILL and SIGSTOP cannot be caught; SIGSEGV, SIGILL and SIGFPE are left alone, and so is SIGPIPE, which ends the
+//! program when nobody reads any more.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
 use signal_hook::consts::{
-    SIGALRM, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPIPE, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP,
-    SIGTTIN, SIGTTOU, SIGURG, SIGUSR1, SIGUSR2, SIGWINCH, SIGXCPU, SIGXFSZ,
+    SIGALRM, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN,
+    SIGTTOU, SIGURG, SIGUSR1, SIGUSR2, SIGWINCH, SIGXCPU, SIGXFSZ,
 };
 use signal_hook::iterator::Signals;
 
@@ -21,7 +22,6 @@ const NAMES: &[(i32, &str)] = &[
     (SIGQUIT, "QUIT"),
     (SIGUSR1, "USR1"),
     (SIGUSR2, "USR2"),
-    (SIGPIPE, "PIPE"),
     (SIGALRM, "ALRM"),
     (SIGTERM, "TERM"),
     (SIGCHLD, "CHLD"),

@@ -132,12 +132,13 @@ fn exec(args: &Exec, context: &Context) -> Result<ExitCode, ExecCommandError> {
     if args.detach {
         detached(args, &order, &process, &id, preserved)
     } else {
-        foreground(args, &mut order, &mut process, preserved)
+        foreground(args, context, &mut order, &mut process, preserved)
     }
 }
 
 fn foreground(
     args: &Exec,
+    context: &Context,
     order: &mut Order,
     process: &mut Process,
     preserved: Vec<OwnedFd>,
@@ -164,8 +165,12 @@ fn foreground(
     };
     let session = Session::start(order, &json(process)?, caller)?;
     write_pid_file(args.pid_file.as_deref(), std::process::id())?;
-    let status = runtime.block_on(session.follow(signals));
+    let (status, lost) = runtime.block_on(session.follow(signals));
+    // The terminal is as it was before anything is said.
     drop(raw);
+    if let Some(how) = lost {
+        context.log.error(&how);
+    }
     Ok(ExitCode::from(status))
 }
 

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use caisson_vmm_spec::Cause;
+
 use super::live::Record;
 use crate::{
     control::{Answer, ControlError, Request, read_process},
@@ -106,28 +108,28 @@ async fn exec(
             },
         }
     };
-    let exit = exit.unwrap_or(Exit {
-        status: LOST,
-        oom_killed: false,
-        stdout_bytes: u64::MAX,
-        stderr_bytes: u64::MAX,
-    });
-    let Exit {
-        status,
-        stdout_bytes,
-        stderr_bytes,
-        ..
-    } = exit;
-    reply(
-        &packets,
-        &Answer::Exited {
+    let end = match exit {
+        Ok(Exit {
+            status,
+            stdout_bytes,
+            stderr_bytes,
+            ..
+        }) => Answer::Exited {
             status,
             stdout_bytes,
             stderr_bytes,
         },
-        &[],
-    )
-    .await;
+        Err(SandboxError::Ended(how)) if how.cause != Cause::PowerOff => {
+            Answer::Lost(format!("the virtual machine ended: {how}"))
+        }
+        // The container's end was the process's end too.
+        Err(_) => Answer::Exited {
+            status: LOST,
+            stdout_bytes: u64::MAX,
+            stderr_bytes: u64::MAX,
+        },
+    };
+    reply(&packets, &end, &[]).await;
 }
 
 /// What an `exec` says about its own process; not answered.
