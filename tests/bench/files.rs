@@ -13,7 +13,8 @@ pub(crate) fn report(place: &Place) -> io::Result<()> {
     let program = program_on_path("file-cost")?;
     fs::copy(program, place.dir.join("bundle/rootfs/bin/file-cost"))?;
     let files = FILES.to_string();
-    let measured = |subject: Subject| subject.lines(place, &["file-cost", "--files", &files, "/tmp"]);
+    let measured =
+        |subject: Subject| subject.lines(place, &["file-cost", "--files", &files, "/tmp"]);
     let (crun, caisson) = (measured(Subject::Crun)?, measured(Subject::Caisson)?);
     println!("\n| one file | crun, thousand instructions | caisson |\n|---|---|---|");
     for (host, guest) in crun.windows(2).zip(caisson.windows(2)) {

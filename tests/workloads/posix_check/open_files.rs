@@ -105,7 +105,7 @@ fn hold(count: usize, distinct: usize) -> Verdict {
         let last = (index..count)
             .step_by(SAMPLE)
             .filter(|other| other % distinct == index % distinct)
-            .last();
+            .next_back();
         let expected = path(last.unwrap_or(index)).into_bytes();
         let through = read_at(&held[index], 0, expected.len())?;
         equal(

@@ -3,7 +3,9 @@
 //! | file | is |
 //! |---|---|
 //! | `server.rs` | the seam: a chain in, a reply length out; virtiofsd behind it |
-//! | `guard.rs` | the checks in front of virtiofsd's file system |
+//! | `guard.rs` | what stands in front of virtiofsd's file system |
+//! | `operations.rs` | every operation, through the guard |
+//! | `checks.rs` | what a request may say |
 //! | `coherence.rs` | what the guest may cache |
 //! | `pins.rs` | removed files that are still in use |
 //! | `wire.rs` | messages without a reply |
@@ -17,8 +19,10 @@
 //! Mounts that appear below the share on the host later are served, and shown to the guest as mounts of their own.
 //! Spec: virtio 1.2, 5.11.
 
+mod checks;
 mod coherence;
 mod guard;
+mod operations;
 mod pins;
 mod server;
 mod thread;
