@@ -25,6 +25,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("net", crate::devices::net::fuzz),
     ("queue", queue),
     ("registers", registers),
+    ("vsock", crate::devices::vsock::fuzz::run),
 ];
 
 /// Runs the target of that name, if there is one.

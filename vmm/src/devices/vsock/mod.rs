@@ -9,10 +9,13 @@
 //! | `wire.rs` | packet headers |
 //! | `connection.rs` | one connection: credit, half-close, buffer |
 //! | `muxer.rs` | all of them: found by ports, served in turn |
+//! | `fuzz.rs` | all of it under a hostile guest |
 //!
 //! Spec: virtio 1.2, 5.10.
 
 pub mod connection;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod muxer;
 #[cfg(test)]
 mod tests;

@@ -49,7 +49,7 @@ const OPS: [(u16, Op); 7] = [
 ];
 
 impl Op {
-    fn from_wire(number: u16) -> Option<Self> {
+    pub(super) fn from_wire(number: u16) -> Option<Self> {
         OPS.iter()
             .find(|(wire, _)| *wire == number)
             .map(|(_, op)| *op)
