@@ -2,6 +2,8 @@
 //!
 //! Contract: the child begins its life in the cgroup (clone3(2), `CLONE_INTO_CGROUP`), so that every page it ever touches
 //! is charged there; moving it later would leave those behind, and costs the kernel a grace period of 10 ms and more.
+//! What [`spawn`] started ends with the thread that called: if the owner is killed, the kernel kills the child too,
+//! whatever the child is doing or has become. Call from a thread that lives as long as the process.
 //! It inherits the descriptors that are named, under the numbers that are named, and nothing else but `/dev/null` for
 //! standard input and output; its environment is empty, its directory `/`, its process group its own. A program that
 //! cannot be executed is an error of [`spawn`]. Dropping a [`Child`] kills the process and reaps it.
@@ -62,14 +64,24 @@ pub(crate) fn spawn(
         args: Vec::new(),
         env: Vec::new(),
     };
-    spawn_program(&program, files, cgroup)
+    let owner = rustix::process::getpid().as_raw_pid();
+    start(&program, files, cgroup, Some(owner))
 }
 
-/// As [`spawn`], with arguments and an environment.
+/// As [`spawn`], with arguments and an environment, and a life of its own: it may outlive this process.
 pub(crate) fn spawn_program(
     program: &Program,
     files: Vec<(OwnedFd, i32)>,
     cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Child> {
+    start(program, files, cgroup, None)
+}
+
+fn start(
+    program: &Program,
+    files: Vec<(OwnedFd, i32)>,
+    cgroup: Option<BorrowedFd<'_>>,
+    owner: Option<i32>,
 ) -> io::Result<Child> {
     let path = CString::new(program.path.as_os_str().as_bytes())?;
     let texts = |all: &[String]| -> Result<Vec<CString>, _> {
@@ -95,7 +107,7 @@ pub(crate) fn spawn_program(
     let tell = above(&low)?;
     let started = clone_into(cgroup)?;
     let Some((pid, process)) = started else {
-        become_program(&path, [&argv, &envp], &plan, tell.as_raw_fd())
+        become_program(&path, [&argv, &envp], &plan, tell.as_raw_fd(), owner)
     };
     let child = Child {
         pid,
@@ -208,8 +220,10 @@ fn become_program(
     [argv, envp]: [&[*const libc::c_char]; 2],
     plan: &[(i32, i32)],
     tell: i32,
+    owner: Option<i32>,
 ) -> ! {
     close_inherited(libc::CLOSE_RANGE_CLOEXEC);
+    let bound = owner.is_none_or(bind);
     let placed = plan.iter().all(|(from, to)| {
         // SAFETY: dup2 takes numbers; this process has one thread and no use for what it replaces.
         unsafe { libc::dup2(*from, *to) >= 0 }
@@ -218,7 +232,7 @@ fn become_program(
     let grouped = unsafe { libc::setpgid(0, 0) } == 0;
     // SAFETY: the path is a literal that ends in a zero byte.
     let moved = unsafe { libc::chdir(c"/".as_ptr()) } == 0;
-    if placed && grouped && moved {
+    if bound && placed && grouped && moved {
         // SAFETY: the program and both arrays are alive and end in zero; it returns only if it failed.
         unsafe { libc::execve(program.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     }
@@ -230,6 +244,15 @@ fn become_program(
     unsafe { libc::write(tell, errno.as_ptr().cast(), errno.len()) };
     // SAFETY: ends this process at once, without running anything of its parent's.
     unsafe { libc::_exit(127) }
+}
+
+/// Lets this process end with its parent, which must be `owner` still.
+fn bind(owner: i32) -> bool {
+    // SAFETY: takes numbers.
+    let bound = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } == 0;
+    // An owner that died before that is not waited for any more: this process has another parent by now.
+    // SAFETY: takes nothing.
+    bound && unsafe { libc::getppid() } == owner
 }
 
 /// Closes every descriptor from 3 on that a process got from whoever started it, before it opens any of its own.
@@ -303,6 +326,15 @@ mod tests {
         let pid = child.pid();
         drop(child);
         assert!(!Path::new("/proc").join(pid.to_string()).exists());
+    }
+
+    #[test]
+    fn a_child_ends_with_the_thread_that_started_it() {
+        let mut child =
+            std::thread::spawn(|| spawn(Path::new("/usr/bin/yes"), Vec::new(), None).unwrap())
+                .join()
+                .unwrap();
+        assert_eq!(child.wait().unwrap(), "killed by signal 9");
     }
 
     #[test]

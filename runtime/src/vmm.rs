@@ -2,7 +2,8 @@
 //!
 //! Contract: the child inherits exactly the descriptors that its [`VmSpec`] names, an environment with nothing in it,
 //! and a pipe for its last words. Dropping a [`Vmm`] kills the process and reaps it: no VM outlives its owner, and if
-//! the owner itself is killed the VMM ends because the control socket closes.
+//! the owner itself is killed the kernel kills the VMM with it (`spawn.rs`), and a VMM that lives ends when its control
+//! socket closes.
 //! What the VMM says is bounded and checked, because a guest may have taken it over.
 //! Not here: what accepted connections are for (`sandbox/`), what is shared (`share.rs`).
 
