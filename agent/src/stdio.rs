@@ -3,7 +3,8 @@
 //! Contract: bytes and their order are kept; the end of a stream is passed on as the end of a stream, in each direction
 //! on its own; a slow reader stops its writer and nobody else. The count of what a process has written is exact at any
 //! moment: what was passed on, plus what waits in its pipe.
-//! Programs get pipes, not sockets: they may open /dev/stdout again, and expect SIGPIPE.
+//! Programs get pipes, not sockets: they may open /dev/stdout again, and expect SIGPIPE. Between a pipe and the host,
+//! pages are moved; a terminal's bytes are copied.
 
 use crate::socket::{Dial, Socket, finish_writing};
 use caisson_agent_api::Stdio;
@@ -11,7 +12,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread, read, write};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -24,8 +25,9 @@ type Descriptor = Arc<AsyncFd<OwnedFd>>;
 
 /// What is read at once, and what a pipe holds unless told otherwise.
 const CHUNK_BYTES: usize = 64 << 10;
-/// The same for a stream that has filled a chunk.
+/// The same for a stream that flows: one that has carried [`FLOWING_BYTES`].
 const LARGE_CHUNK_BYTES: usize = 1 << 20;
+const FLOWING_BYTES: usize = 256 << 10;
 /// More than a terminal holds: what comes after so much was written by others, after the process's end.
 const SETTLE_BYTES: u64 = 128 << 10;
 
@@ -256,8 +258,79 @@ fn outward(process: Descriptor, host: Descriptor) -> Outlet {
     outlet
 }
 
-/// Copies until the end of `from`, or until `to` takes no more.
+/// Passes on until the end of `from`, or until `to` takes no more.
 async fn pump(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    counter: Option<&watch::Sender<u64>>,
+) -> io::Result<()> {
+    match move_pages(from, to, counter).await {
+        Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+            copy(from, to, counter).await
+        }
+        moved => moved,
+    }
+}
+
+fn count(counter: Option<&watch::Sender<u64>>, passed: usize) {
+    if let Some(counter) = counter {
+        counter.send_modify(|total| *total += u64::try_from(passed).unwrap_or(0));
+    }
+}
+
+/// Moves pages while one of the two is a pipe; `EINVAL` if none is.
+async fn move_pages(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    counter: Option<&watch::Sender<u64>>,
+) -> io::Result<()> {
+    let (mut at_once, mut total) = (CHUNK_BYTES, 0);
+    loop {
+        drop(from.readable().await?);
+        match splice(from, None, to, None, at_once, SpliceFlags::NONBLOCK) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                count(counter, n);
+                total += n;
+                if total >= FLOWING_BYTES && at_once == CHUNK_BYTES {
+                    // Fewer, larger steps. What is no pipe refuses, and stays as it is.
+                    let _ = fcntl_setpipe_size(from.get_ref(), LARGE_CHUNK_BYTES);
+                    let _ = fcntl_setpipe_size(to.get_ref(), LARGE_CHUNK_BYTES);
+                    at_once = LARGE_CHUNK_BYTES;
+                }
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => both_ready(from, to).await?,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Waits for the side that made splice(2) say that it would block. It does not say which one, and a side that is ready
+/// would not be heard of again: so they are asked.
+async fn both_ready(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        // Taken before asking: what becomes ready meanwhile is not cleared below.
+        let (mut reading, mut writing) = (from.readable().await?, to.writable().await?);
+        let mut fds = [
+            PollFd::new(from.get_ref(), PollFlags::IN),
+            PollFd::new(to.get_ref(), PollFlags::OUT),
+        ];
+        poll(&mut fds, Some(&Timespec::default()))?;
+        let [from_ready, to_ready] = fds.map(|fd| !fd.revents().is_empty());
+        if from_ready && to_ready {
+            return Ok(());
+        }
+        if !from_ready {
+            reading.clear_ready();
+        }
+        if !to_ready {
+            writing.clear_ready();
+        }
+    }
+}
+
+async fn copy(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
     counter: Option<&watch::Sender<u64>>,
@@ -270,23 +343,13 @@ async fn pump(
         });
         match read.await {
             Ok(0) => return Ok(()),
-            Ok(n) => {
-                if let Some(counter) = counter {
-                    counter.send_modify(|read| *read += u64::try_from(n).unwrap_or(0));
-                }
-            }
+            Ok(n) => count(counter, n),
             // A terminal whose last user is gone.
             Err(e) if e.raw_os_error() == Some(Errno::IO.raw_os_error()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         }
         write_all(to, &buffer).await?;
-        if buffer.len() == CHUNK_BYTES && buffer.capacity() == CHUNK_BYTES {
-            // It flows: fewer, larger steps. What is no pipe refuses, and stays as it is.
-            let _ = fcntl_setpipe_size(from.get_ref(), LARGE_CHUNK_BYTES);
-            let _ = fcntl_setpipe_size(to.get_ref(), LARGE_CHUNK_BYTES);
-            buffer = Vec::with_capacity(LARGE_CHUNK_BYTES);
-        }
     }
 }
 
@@ -302,4 +365,70 @@ async fn write_all(to: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pipe::pipe;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn bytes() -> Vec<u8> {
+        (0..3_000_000u32)
+            .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
+            .collect()
+    }
+
+    /// Writes into one end, reads slowly and in odd pieces from the other, and compares.
+    async fn pumped(into: OwnedFd, from: OwnedFd, to: OwnedFd, out: OwnedFd) -> u64 {
+        let writing = std::thread::spawn(move || File::from(into).write_all(&bytes()).unwrap());
+        let reading = std::thread::spawn(move || {
+            let (mut received, mut out, mut part) = (Vec::new(), File::from(out), [0; 70_001]);
+            loop {
+                match out.read(&mut part).unwrap() {
+                    0 => return received,
+                    n => received.extend_from_slice(&part[..n]),
+                }
+            }
+        });
+        let (counter, total) = watch::channel(0);
+        let (from, to) = (descriptor(from).unwrap(), descriptor(to).unwrap());
+        pump(&from, &to, Some(&counter)).await.unwrap();
+        finish_writing(&to);
+        drop(to);
+        writing.join().unwrap();
+        assert!(reading.join().unwrap() == bytes(), "other bytes came out");
+        *total.borrow()
+    }
+
+    #[tokio::test]
+    async fn a_pipe_is_pumped_into_a_socket() {
+        let ((from, into), (to, out)) = (pipe().unwrap(), UnixStream::pair().unwrap());
+        assert_eq!(pumped(into, from, to.into(), out.into()).await, 3_000_000);
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_pumped_into_a_pipe() {
+        let ((into, from), (out, to)) = (UnixStream::pair().unwrap(), pipe().unwrap());
+        assert_eq!(pumped(into.into(), from.into(), to, out).await, 3_000_000);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_pipe_is_copied() {
+        let ((into, from), (to, out)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let total = pumped(into.into(), from.into(), to.into(), out.into()).await;
+        assert_eq!(total, 3_000_000);
+    }
+
+    #[tokio::test]
+    async fn a_process_that_no_longer_reads_ends_the_pump() {
+        let ((mut into, from), (out, to)) = (UnixStream::pair().unwrap(), pipe().unwrap());
+        into.write_all(b"for nobody").unwrap();
+        drop(out);
+        let (from, to) = (descriptor(from.into()).unwrap(), descriptor(to).unwrap());
+        let error = pump(&from, &to, None).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
 }

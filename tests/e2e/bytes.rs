@@ -18,18 +18,29 @@ fn bulk_bytes() -> usize {
     }) << 20
 }
 
-/// A stream of numbers without a period, cheap to make and to check: a linear congruence per 8 bytes.
-struct Numbers(u64);
+/// A MiB that is like no other: numbers that are made once, and in every page the number of the page in the stream.
+/// Making and checking a stream of them costs little beside moving it.
+struct Mebibyte(Vec<u8>);
 
-impl Numbers {
-    fn fill(&mut self, buffer: &mut [u8]) {
-        for chunk in buffer.chunks_exact_mut(8) {
-            self.0 = self
-                .0
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            chunk.copy_from_slice(&self.0.to_le_bytes());
+impl Mebibyte {
+    fn new() -> Self {
+        let numbers = std::iter::successors(Some(1u64), |n| {
+            Some(n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1))
+        });
+        Self(
+            numbers
+                .take(1 << 17)
+                .flat_map(|n| n.to_le_bytes())
+                .collect(),
+        )
+    }
+
+    /// The MiB with that number in the stream.
+    fn numbered(&mut self, mib: usize) -> &[u8] {
+        for (page, bytes) in self.0.chunks_exact_mut(4096).enumerate() {
+            bytes[..8].copy_from_slice(&(mib << 8 | page).to_le_bytes());
         }
+        &self.0
     }
 }
 
@@ -47,19 +58,22 @@ fn a_gibibyte_goes_through_and_comes_back_unchanged() {
     let (mut stdin, mut stdout) = (running.take_stdin(), running.take_stdout());
     let total = bulk_bytes();
     let writer = std::thread::spawn(move || {
-        let (mut numbers, mut buffer) = (Numbers(1), vec![0; 1 << 20]);
-        for _ in 0..total >> 20 {
-            numbers.fill(&mut buffer);
-            stdin.write_all(&buffer).expect("write to the container");
+        let mut block = Mebibyte::new();
+        for mib in 0..total >> 20 {
+            stdin
+                .write_all(block.numbered(mib))
+                .expect("write to the container");
         }
     });
-    let (mut numbers, mut expected, mut buffer) = (Numbers(1), vec![0; 1 << 20], vec![0; 1 << 20]);
+    let (mut expected, mut buffer) = (Mebibyte::new(), vec![0; 1 << 20]);
     for mib in 0..total >> 20 {
-        numbers.fill(&mut expected);
         stdout
             .read_exact(&mut buffer)
             .unwrap_or_else(|e| panic!("MiB {mib}: {e}"));
-        assert!(buffer == expected, "other bytes came back in MiB {mib}");
+        assert!(
+            buffer == expected.numbered(mib),
+            "other bytes came back in MiB {mib}"
+        );
     }
     assert_eq!(
         stdout.read(&mut buffer).expect("read"),
