@@ -188,6 +188,67 @@ impl Cgroup {
         fs::read_to_string(&file).map_err(|source| CgroupError::Read { file, source })
     }
 
+    /// Applies settings, all or none: what a refused one leaves changed is changed back.
+    pub fn update(&self, settings: &[Setting]) -> Result<(), CgroupError> {
+        let mut before: Vec<Setting> = Vec::new();
+        for setting in settings {
+            let old = self.read(&setting.file).ok();
+            if let Err(refused) = self.apply(setting) {
+                for old in before.iter().rev() {
+                    // The refusal is the error to report.
+                    let _ = self.apply(old);
+                }
+                return Err(refused);
+            }
+            before.extend(old.map(|text| Setting {
+                value: text.trim_end().to_owned(),
+                ..setting.clone()
+            }));
+        }
+        Ok(())
+    }
+
+    /// A control file's text, if there is such a file.
+    pub fn text(&self, name: &str) -> Option<Vec<u8>> {
+        let is_name = !name.is_empty() && !name.contains('/') && !name.starts_with('.');
+        is_name.then(|| fs::read(self.path.join(name)).ok())?
+    }
+
+    /// How often the kernel has killed a process in here because a memory limit was reached.
+    fn oom_kills(&self) -> u64 {
+        let text = self.read("memory.events").unwrap_or_default();
+        let count = field(&text, "oom_kill").and_then(|count| count.parse().ok());
+        count.unwrap_or(0)
+    }
+
+    /// Returns the number of such kills when it is more than `seen`. The kernel announces each.
+    pub async fn oom_kills_beyond(&self, seen: u64) -> Result<u64, CgroupError> {
+        let path = self.path.join("memory.events");
+        let failed = |source| CgroupError::Read {
+            file: path.clone(),
+            source,
+        };
+        let file = fs::File::open(&path).map_err(failed)?;
+        let events = sys::watch(file.into(), Interest::PRIORITY).map_err(failed)?;
+        loop {
+            // The read also arms the next notice.
+            let mut text = [0; 512];
+            let n =
+                rustix::io::pread(events.get_ref(), &mut text, 0).map_err(|e| failed(e.into()))?;
+            let text = String::from_utf8_lossy(&text[..n]);
+            let count = field(&text, "oom_kill").and_then(|count| count.parse::<u64>().ok());
+            match count {
+                Some(count) if count > seen => return Ok(count),
+                _ => {}
+            }
+            events
+                .ready(Interest::PRIORITY)
+                .await
+                .map_err(failed)?
+                .clear_ready();
+        }
+    }
+
     /// All processes of the cgroup and of those below it, by their identifiers in the agent's PID namespace.
     pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
         let mut pids = Vec::new();
@@ -234,8 +295,7 @@ impl Cgroup {
 
     /// Whether the kernel killed a process in here because a memory limit was reached.
     pub fn had_oom_kill(&self) -> bool {
-        self.read("memory.events")
-            .is_ok_and(|text| field(&text, "oom_kill").is_some_and(|count| count != "0"))
+        self.oom_kills() > 0
     }
 
     /// Kills what still runs, waits until it is gone, and removes the cgroup with all below it.

@@ -13,7 +13,7 @@ use crate::reaper::Reaper;
 use crate::socket::Dial;
 use crate::stdio::{self, Dialed};
 use caisson_agent_api::{CreateContainerRequest, ExecProcessRequest, Stdio};
-use oci_spec::runtime::{LinuxPersonality, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxPersonality, LinuxResources, Process as ProcessSpec, Spec};
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -390,6 +390,41 @@ impl Container {
         }
         changing.state = state;
         Ok(())
+    }
+
+    /// Changes limits; a quota or a period that comes alone keeps its companion.
+    pub(crate) fn update(&self, resources: &[u8]) -> Result<(), ContainerError> {
+        let state = self.changing().state;
+        if state == State::Stopped {
+            return Err(ContainerError::State {
+                action: "update",
+                state,
+            });
+        }
+        let resources: LinuxResources =
+            serde_json::from_slice(resources).map_err(PlanError::Parse)?;
+        let bandwidth = self.cgroup.text("cpu.max").unwrap_or_default();
+        let bandwidth = String::from_utf8_lossy(&bandwidth).into_owned();
+        let settings = plan::resources::change(&resources, &bandwidth)?;
+        Ok(self.cgroup.update(&settings)?)
+    }
+
+    /// Waits for the next kill for want of memory, or for the container's end.
+    pub(crate) async fn oom_kills_beyond(&self, seen: u64) -> Result<u64, ContainerError> {
+        let stopped = || ContainerError::State {
+            action: "watch",
+            state: State::Stopped,
+        };
+        tokio::select! {
+            biased;
+            count = self.cgroup.oom_kills_beyond(seen) => Ok(count?),
+            _ = self.init.ended() => Err(stopped()),
+        }
+    }
+
+    /// The container's cgroup.
+    pub(crate) fn cgroup(&self) -> &Arc<Cgroup> {
+        &self.cgroup
     }
 
     /// All processes.

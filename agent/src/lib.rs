@@ -11,6 +11,7 @@ pub mod child;
 mod container;
 mod devices;
 pub mod guest;
+mod inspect;
 pub mod kmsg;
 pub mod plan;
 pub mod power;

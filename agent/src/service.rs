@@ -11,9 +11,11 @@ use crate::reaper::Reaper;
 use crate::socket::{Dial, Socket};
 use async_trait::async_trait;
 use caisson_agent_api::{
-    Agent, CONTROL_PORT, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
-    ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, ProcessRequest,
-    ResizeTerminalRequest, SignalProcessRequest, WaitProcessResponse, create_agent,
+    Agent, CONTROL_PORT, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
+    DescribeProcessesRequest, DescribeProcessesResponse, Empty, ExecProcessRequest,
+    ExecProcessResponse, ListProcessesResponse, ProcessRequest, ReadCgroupRequest,
+    ReadCgroupResponse, ResizeTerminalRequest, SignalProcessRequest, TextFile,
+    UpdateContainerRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse, create_agent,
 };
 use futures_util::stream;
 use std::collections::HashMap;
@@ -252,6 +254,64 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         let container = self.container(&request.container_id).map_err(status)?;
         empty(container.resume().await)
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        empty(container.update(&request.resources))
+    }
+
+    async fn read_cgroup(
+        &self,
+        _: &TtrpcContext,
+        request: ReadCgroupRequest,
+    ) -> ttrpc::Result<ReadCgroupResponse> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        let read = |name: String| {
+            let text = container.cgroup().text(&name)?;
+            Some(crate::inspect::text_file(&name, text))
+        };
+        let files: Vec<TextFile> = request.files.into_iter().filter_map(read).collect();
+        Ok(ReadCgroupResponse {
+            files,
+            ..ReadCgroupResponse::default()
+        })
+    }
+
+    async fn wait_oom(
+        &self,
+        _: &TtrpcContext,
+        request: WaitOomRequest,
+    ) -> ttrpc::Result<WaitOomResponse> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        let count = container
+            .oom_kills_beyond(request.seen)
+            .await
+            .map_err(status)?;
+        Ok(WaitOomResponse {
+            count,
+            ..WaitOomResponse::default()
+        })
+    }
+
+    async fn describe_processes(
+        &self,
+        _: &TtrpcContext,
+        request: DescribeProcessesRequest,
+    ) -> ttrpc::Result<DescribeProcessesResponse> {
+        Ok(DescribeProcessesResponse {
+            processes: request
+                .pids
+                .iter()
+                .filter_map(|pid| crate::inspect::process(*pid))
+                .collect(),
+            system: crate::inspect::system(),
+            ..DescribeProcessesResponse::default()
+        })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -5,11 +5,12 @@
 //! into range here, and texts become one printable line.
 //! Not here: streams and their ports (`sandbox/ports.rs`), what a broken connection means (`sandbox/owner.rs`).
 
-use std::{future::Future, time::Duration};
+use std::{collections::HashMap, future::Future, time::Duration};
 
 use caisson_agent_api::{
-    AgentClient, ContainerRequest, CreateContainerRequest, ExecProcessRequest, ProcessRequest,
-    ResizeTerminalRequest, SignalProcessRequest, Stdio,
+    AgentClient, ContainerRequest, CreateContainerRequest, DescribeProcessesRequest,
+    DescribeProcessesResponse, ExecProcessRequest, ProcessRequest, ReadCgroupRequest,
+    ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest, WaitOomRequest,
 };
 use tokio::net::UnixStream;
 use ttrpc::{
@@ -149,7 +150,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Starts one more process; answers its pid in the guest.
+    /// Starts one more process; answers its pid in the guest. In a paused container that is when it is resumed.
     pub async fn exec(
         &self,
         id: &str,
@@ -168,7 +169,12 @@ impl Agent {
             ignore_paused,
             ..Default::default()
         };
-        let answer = answered(call, SET_UP, |context| {
+        let deadline = if ignore_paused {
+            Duration::ZERO
+        } else {
+            SET_UP
+        };
+        let answer = answered(call, deadline, |context| {
             self.0.exec_process(context, &request)
         });
         pid(call, answer.await?.pid)
@@ -244,6 +250,69 @@ impl Agent {
             .into_iter()
             .map(|number| pid(call, number))
             .collect()
+    }
+
+    /// Changes the container's limits to those of a `linux.resources` object that are not zero.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources,
+            ..Default::default()
+        };
+        answered("update the container", CALL, |c| {
+            self.0.update_container(c, &request)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Control files of the container's cgroup by name. Their texts are hostile.
+    pub async fn cgroup_files(
+        &self,
+        id: &str,
+        names: &[&str],
+    ) -> Result<HashMap<String, String>, AgentError> {
+        let request = ReadCgroupRequest {
+            container_id: id.to_owned(),
+            files: names.iter().map(|&name| name.to_owned()).collect(),
+            ..Default::default()
+        };
+        let answer = answered("read statistics", CALL, |c| self.0.read_cgroup(c, &request)).await?;
+        let text = |text: Vec<u8>| String::from_utf8_lossy(&text).into_owned();
+        let files = answer.files.into_iter();
+        Ok(files.map(|file| (file.name, text(file.text))).collect())
+    }
+
+    /// Waits until more than `seen` processes of the container were killed for want of memory; answers how many.
+    pub async fn out_of_memory(&self, id: &str, seen: u64) -> Result<u64, AgentError> {
+        let call = "watch the container's memory";
+        let request = WaitOomRequest {
+            container_id: id.to_owned(),
+            seen,
+            ..Default::default()
+        };
+        let answer = answered(call, Duration::ZERO, |c| self.0.wait_oom(c, &request)).await?;
+        // Otherwise a guest could make its owner ask for ever.
+        if answer.count > seen {
+            Ok(answer.count)
+        } else {
+            Err(AgentError::Nonsense { call })
+        }
+    }
+
+    /// What the guest's /proc says about these processes and about the guest. The texts are hostile.
+    pub async fn describe(&self, pids: &[u32]) -> Result<DescribeProcessesResponse, AgentError> {
+        let request = DescribeProcessesRequest {
+            pids: pids
+                .iter()
+                .filter_map(|&pid| i32::try_from(pid).ok())
+                .collect(),
+            ..Default::default()
+        };
+        answered("describe processes", CALL, |c| {
+            self.0.describe_processes(c, &request)
+        })
+        .await
     }
 
     /// Freezes the container.

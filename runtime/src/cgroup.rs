@@ -16,17 +16,21 @@ use std::{
     time::Duration,
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, retry_on_intr},
 };
 
-use crate::{sizing::VmSize, state::ContainerId};
+use crate::{
+    sizing::VmSize,
+    state::ContainerId,
+    stats::{self, Files, Stats, StatsError},
+};
 
 mod limits;
 
-pub use limits::HOST_OVERHEAD;
+pub use limits::{HOST_OVERHEAD, Limit};
 
 /// Where the one hierarchy of cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -100,6 +104,11 @@ impl CgroupError {
     }
 }
 
+/// What is to be written on the host when a container's limits change to `all`; `change` says which.
+pub fn limits_of_change(change: &LinuxResources, all: &LinuxResources, size: VmSize) -> Vec<Limit> {
+    limits::of_change(change, all, size)
+}
+
 /// The cgroup of one sandbox.
 #[derive(Debug)]
 pub struct HostCgroup {
@@ -148,6 +157,48 @@ impl HostCgroup {
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Changes limits, all or none; answers what was there before.
+    pub fn change(&self, limits: &[Limit]) -> Result<Vec<Limit>, CgroupError> {
+        let needed = controllers(limits);
+        let inner = self.path.strip_prefix(ROOT).unwrap_or(Path::new(""));
+        let mut above = PathBuf::from(ROOT);
+        for part in inner.components() {
+            hand_down(&above, &needed);
+            above.push(part);
+        }
+        let mut before: Vec<Limit> = Vec::new();
+        for limit in limits {
+            let old = fs::read_to_string(self.path.join(limit.file));
+            if let Err(refused) = self.limit(std::slice::from_ref(limit)) {
+                self.change_back(&before);
+                return Err(refused);
+            }
+            before.extend(old.ok().map(|text| Limit {
+                file: limit.file,
+                value: text.trim_end().to_owned(),
+            }));
+        }
+        Ok(before)
+    }
+
+    /// Undoes a change, as far as that is possible: the error that led here is the one to report.
+    pub fn change_back(&self, before: &[Limit]) {
+        for old in before.iter().rev() {
+            let _ = self.limit(std::slice::from_ref(old));
+        }
+    }
+
+    /// What the whole sandbox uses on the host.
+    pub fn stats(&self) -> Result<Stats, StatsError> {
+        let read = |&name: &&str| {
+            Some((
+                name.to_owned(),
+                fs::read_to_string(self.path.join(name)).ok()?,
+            ))
+        };
+        Stats::parse(&stats::FILES.iter().filter_map(read).collect::<Files>())
     }
 
     /// Moves the calling process into it.

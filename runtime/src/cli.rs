@@ -4,7 +4,7 @@
 //! after a container's ID, except in `exec`, where everything after the ID belongs to the command.
 //! Not here: what the commands do (`commands/`), how a refused command line is reported (`error.rs`).
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -83,6 +83,20 @@ pub enum Command {
     Start(Start),
     /// output the state of a container
     State(StateArgs),
+    /// suspends all processes inside the container
+    Pause(OneContainer),
+    /// resumes all processes that have been previously paused
+    Resume(OneContainer),
+    /// displays the processes running inside a container
+    Ps(Ps),
+    /// displays container events such as OOM notifications, cpu, memory and IO usage statistics
+    Events(Events),
+    /// update container resource constraints
+    Update(Box<Update>),
+    /// checkpoint a running container (not supported yet)
+    Checkpoint(Anything),
+    /// restore a container from a previous checkpoint (not supported yet)
+    Restore(Anything),
     /// show the enabled features
     Features,
     /// say in plain words whether this host can run caisson, and what to do about what is missing
@@ -177,6 +191,128 @@ pub struct Delete {
     /// forcibly deletes the container if it is still running (uses SIGKILL)
     #[arg(long, short)]
     pub force: bool,
+    /// the container
+    #[arg(value_name = "container-id")]
+    pub id: String,
+}
+
+/// `pause` and `resume`.
+#[derive(Debug, Clone, Args)]
+pub struct OneContainer {
+    /// the container
+    #[arg(value_name = "container-id")]
+    pub id: String,
+}
+
+/// A command that refuses whatever it is given.
+#[derive(Debug, Clone, Args)]
+pub struct Anything {
+    /// ignored
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    pub words: Vec<String>,
+}
+
+/// `ps`.
+#[derive(Debug, Clone, Args)]
+pub struct Ps {
+    /// select one of: table (the processes in the virtual machine) or json (the pids on the host that stand for them)
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub format: String,
+    /// the container, then options of ps(1)
+    #[arg(
+        value_name = "container-id> [ps options",
+        required = true,
+        trailing_var_arg = true
+    )]
+    id_and_options: Vec<String>,
+}
+
+impl Ps {
+    /// The container.
+    pub fn id(&self) -> &str {
+        self.id_and_options.first().map_or("", String::as_str)
+    }
+
+    /// Options for ps(1).
+    pub fn options(&self) -> &[String] {
+        self.id_and_options.get(1..).unwrap_or_default()
+    }
+}
+
+/// `events`.
+#[derive(Debug, Clone, Args)]
+pub struct Events {
+    /// set the stats collection interval
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub interval: Duration,
+    /// display the container's stats then exit
+    #[arg(long)]
+    pub stats: bool,
+    /// the container
+    #[arg(value_name = "container-id")]
+    pub id: String,
+}
+
+/// `update`.
+#[derive(Debug, Clone, Args)]
+pub struct Update {
+    /// path to the file containing the resources to update or '-' to read from the standard input; all other options
+    /// are ignored then
+    #[arg(long, short, value_name = "FILE")]
+    pub resources: Option<PathBuf>,
+    /// Specifies per cgroup weight, range is from 10 to 1000
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0)]
+    pub blkio_weight: u16,
+    /// CPU CFS period to be used for hardcapping (in usecs). 0 to use system default
+    #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
+    pub cpu_period: Option<String>,
+    /// CPU CFS hardcap limit (in usecs). Allowed cpu time in a given period
+    #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
+    pub cpu_quota: Option<String>,
+    /// CPU shares (relative weight vs. other containers)
+    #[arg(long, value_name = "SHARES", allow_hyphen_values = true)]
+    pub cpu_share: Option<String>,
+    /// CPU realtime period to be used for hardcapping (in usecs). 0 to use system default
+    #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
+    pub cpu_rt_period: Option<String>,
+    /// CPU realtime hardcap limit (in usecs). Allowed cpu time in a given period
+    #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
+    pub cpu_rt_runtime: Option<String>,
+    /// CPU(s) of the host to use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory node(s) of the host to use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// Memory limit (in bytes)
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory: Option<String>,
+    /// Memory reservation or soft_limit (in bytes)
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory_reservation: Option<String>,
+    /// Total memory usage (memory + swap); set '-1' to enable unlimited swap
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory_swap: Option<String>,
+    /// accepted for compatibility
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, hide = true)]
+    pub kernel_memory: Option<String>,
+    /// accepted for compatibility
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, hide = true)]
+    pub kernel_memory_tcp: Option<String>,
+    /// Maximum number of pids allowed in the container
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        default_value_t = 0
+    )]
+    pub pids_limit: i64,
+    /// The string of Intel RDT/CAT L3 cache schema (refused: a virtual machine has none)
+    #[arg(long, value_name = "SCHEMA")]
+    pub l3_cache_schema: Option<String>,
+    /// The string of Intel RDT/MBA memory bandwidth schema (refused: a virtual machine has none)
+    #[arg(long, value_name = "SCHEMA")]
+    pub mem_bw_schema: Option<String>,
     /// the container
     #[arg(value_name = "container-id")]
     pub id: String,
@@ -337,6 +473,15 @@ mod tests {
             "caisson run -d --keep --no-subreaper -b /b c1",
             "caisson --rootless=true list -q -f json",
             "caisson state c1",
+            "caisson pause c1",
+            "caisson ps -f json c1",
+            "caisson ps --format table c1 -o pid,args",
+            "caisson events --stats c1",
+            "caisson events --interval 100ms c1",
+            "caisson update --resources - c1",
+            "caisson update --memory-swap -1 c1",
+            "caisson checkpoint --image-path /i --leave-running c1",
+            "caisson restore -b /b --image-path /i c1",
         ] {
             parse(line).unwrap();
         }

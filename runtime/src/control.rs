@@ -23,6 +23,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     packet::{self, PacketError, Packets},
+    stats::Stats,
     watched::watch,
 };
 
@@ -65,8 +66,19 @@ pub enum Request {
     Pause,
     /// Thaw.
     Resume,
-    /// Tell the pids of the container's processes in the guest.
+    /// Tell the host's pids that stand for the container: the monitor's, and those of running `exec`s.
     Processes,
+    /// Describe the container's processes in the guest.
+    Table,
+    /// Tell what the container uses.
+    Stats,
+    /// Say that the connection watches for kills for want of memory; then tell each of them, to the container's end.
+    Watch,
+    /// Change limits.
+    Update {
+        /// A `linux.resources` object as JSON.
+        resources: String,
+    },
 }
 
 /// What the monitor answers.
@@ -93,6 +105,17 @@ pub enum Answer {
     Lost(String),
     /// The pids.
     Processes(Vec<u32>),
+    /// The [`crate::process_table::Table`], as JSON in the attached file.
+    Table,
+    /// The numbers.
+    Stats {
+        /// By the guest's count.
+        guest: Box<Stats>,
+        /// Of the whole sandbox, by the host's; `None`: the host has no cgroup for it.
+        host: Option<Box<Stats>>,
+    },
+    /// The kernel has killed a process of the container for want of memory.
+    OutOfMemory,
     /// It is not done.
     Failed(String),
 }
@@ -180,17 +203,44 @@ impl Control {
         }
     }
 
+    /// Begins to watch; [`Watch::next`] then tells what happens.
+    pub fn watch(self) -> Result<Watch, ControlError> {
+        self.order(&Request::Watch)?;
+        Ok(Watch(self.0))
+    }
+
     /// Asks for a process; the connection then belongs to it.
     pub fn exec(
         self,
         request: &Request,
         process: &[u8],
     ) -> Result<(OwnedFd, u32, Vec<OwnedFd>), ControlError> {
-        let file = process_file(process).map_err(ControlError::Process)?;
+        let file = attached(process).map_err(ControlError::Process)?;
         match self.ask(request, &[file.as_fd()])? {
             (Answer::Started { pid }, fds) => Ok((self.0, pid, fds)),
             _ => Err(ControlError::Unexpected),
         }
+    }
+}
+
+/// A connection that watches.
+#[derive(Debug)]
+pub struct Watch(OwnedFd);
+
+impl Watch {
+    /// Waits for a kill for want of memory: true. The container's end is false.
+    pub fn next(&self) -> Result<bool, ControlError> {
+        match packet::receive::<Answer>(self.0.as_fd())? {
+            Some((Answer::OutOfMemory, _)) => Ok(true),
+            Some(_) => Err(ControlError::Unexpected),
+            None => Ok(false),
+        }
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -226,8 +276,8 @@ impl Listener {
     }
 }
 
-/// Reads the `process` object that came with [`Request::Exec`].
-pub fn read_process(fds: Vec<OwnedFd>) -> Result<Vec<u8>, ControlError> {
+/// Reads what came in the attached file, such as the `process` object of [`Request::Exec`].
+pub fn read_attached(fds: Vec<OwnedFd>) -> Result<Vec<u8>, ControlError> {
     let file = fds.into_iter().next().ok_or(ControlError::Unexpected)?;
     let mut bytes = Vec::new();
     File::from(file)
@@ -240,8 +290,9 @@ pub fn read_process(fds: Vec<OwnedFd>) -> Result<Vec<u8>, ControlError> {
     Ok(bytes)
 }
 
-pub(crate) fn process_file(bytes: &[u8]) -> io::Result<File> {
-    let mut file = File::from(rustix::fs::memfd_create("process", MemfdFlags::CLOEXEC)?);
+/// A file to attach.
+pub(crate) fn attached(bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create("attached", MemfdFlags::CLOEXEC)?);
     file.write_all(bytes)?;
     file.rewind()?;
     Ok(file)
@@ -294,7 +345,7 @@ mod tests {
                 ..
             }
         ));
-        assert_eq!(read_process(fds).unwrap(), b"{\"args\":[]}");
+        assert_eq!(read_attached(fds).unwrap(), b"{\"args\":[]}");
         let stream = tempfile::tempfile().unwrap();
         connection
             .send(&Answer::Started { pid: 7 }, &[stream.as_fd()])
@@ -323,11 +374,11 @@ mod tests {
     #[test]
     fn a_process_that_is_too_large_is_refused() {
         let limit = usize::try_from(MAX_PROCESS_BYTES).unwrap();
-        let file = |length| vec![process_file(&vec![b'x'; length]).unwrap().into()];
-        assert_eq!(read_process(file(limit)).unwrap().len(), limit);
-        assert!(read_process(file(limit + 1)).is_err());
+        let file = |length| vec![attached(&vec![b'x'; length]).unwrap().into()];
+        assert_eq!(read_attached(file(limit)).unwrap().len(), limit);
+        assert!(read_attached(file(limit + 1)).is_err());
         assert!(matches!(
-            read_process(Vec::new()),
+            read_attached(Vec::new()),
             Err(ControlError::Unexpected)
         ));
     }

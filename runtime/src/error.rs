@@ -12,7 +12,7 @@ use crate::{
     bundle::BundleError,
     cgroup::CgroupError,
     cli::Command,
-    commands::{exec::ExecCommandError, launch::LaunchError},
+    commands::{exec::ExecCommandError, launch::LaunchError, ps::PsError, update::UpdateError},
     config::ConfigError,
     control::ControlError,
     hooks::HookError,
@@ -102,6 +102,15 @@ pub enum CommandError {
         /// Why.
         source: io::Error,
     },
+    /// `ps` cannot show processes.
+    #[error(transparent)]
+    Ps(#[from] PsError),
+    /// `update` does not understand what is asked.
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    /// Not yet.
+    #[error("{0} is not supported: the state of a virtual machine cannot be saved yet")]
+    Checkpoint(&'static str),
     /// `check` found something missing and has said so.
     #[error("this host cannot run caisson")]
     HostUnfit,
@@ -133,11 +142,16 @@ pub struct Misuse {
 const ARGUMENTS: &[(&str, &str)] = &[
     ("create", "exactly 1"),
     ("delete", "exactly 1"),
+    ("events", "exactly 1"),
     ("exec", "a minimum of 1"),
     ("kill", "a minimum of 1"),
+    ("pause", "exactly 1"),
+    ("ps", "a minimum of 1"),
+    ("resume", "exactly 1"),
     ("run", "exactly 1"),
     ("start", "exactly 1"),
     ("state", "exactly 1"),
+    ("update", "exactly 1"),
 ];
 
 /// Says what is wrong with a command line.

@@ -16,7 +16,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    control::{Answer, Control, ControlError, Request, read_process},
+    control::{Answer, Control, ControlError, Request, read_attached},
     forwarded::{Signals, WINDOW_CHANGE},
     monitor::{Report, inherited_socket, runtime},
     packet::{self, Packets},
@@ -259,7 +259,7 @@ fn begin(order: &Order, fds: Vec<OwnedFd>) -> Result<(Session, Signals), ExecErr
     let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
         return Err(ControlError::Unexpected.into());
     };
-    let process = read_process(fds.next().into_iter().collect())?;
+    let process = read_attached(fds.next().into_iter().collect())?;
     let signals = Signals::catch().map_err(host("catch signals"))?;
     let session = Session::start(
         order,

@@ -78,8 +78,8 @@ pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
     (spec, host)
 }
 
-/// The guest numbers its CPUs, nodes and disks differently.
-fn remove_host_limits(resources: &mut LinuxResources) {
+/// Leaves out what only the host can limit: the guest numbers its CPUs, nodes and disks differently.
+pub fn remove_host_limits(resources: &mut LinuxResources) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_cpus(None).set_mems(None);
     }

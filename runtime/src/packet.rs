@@ -92,6 +92,12 @@ impl Packets {
         )?))
     }
 
+    /// The process on the other side when it connected.
+    pub fn peer(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(self.0.get_ref()).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+    }
+
     /// Sends one value with descriptors, waiting for room.
     pub async fn send(
         &self,

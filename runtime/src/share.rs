@@ -52,6 +52,9 @@ pub enum ShareError {
     /// The namespace could not be made.
     #[error("make a mount namespace for the sandbox")]
     Namespace(#[source] io::Error),
+    /// The other kind of namespace.
+    #[error("make a PID namespace")]
+    Pids(#[source] io::Error),
 }
 
 /// Moves this process into a mount namespace of its own, which still receives what the host mounts later.
@@ -67,6 +70,16 @@ pub fn enter_private_namespace() -> Result<(), ShareError> {
     .map_err(|errno| ShareError::Namespace(errno.into()))
 }
 
+/// Makes the next child of this process the first process of a PID namespace of its own.
+pub fn begin_pid_namespace() -> Result<(), ShareError> {
+    // SAFETY: NEWPID concerns children only; it unshares no descriptors, which is the danger of this call.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }
+        .map_err(|errno| ShareError::Pids(errno.into()))
+}
+
+/// The size of the shared directory's own file system: it holds mount points only.
+const MOUNT_POINTS: &str = "1m";
+
 /// The shared directory of one sandbox.
 #[derive(Debug)]
 pub struct Share {
@@ -77,7 +90,11 @@ impl Share {
     /// Makes the shared directory at `path`, in the namespace that [`enter_private_namespace`] made.
     pub fn make(path: &Path) -> Result<Self, ShareError> {
         at("make the directory", path, fs::create_dir_all(path))?;
-        at("mount the shared directory at", path, mount_tmpfs(path))?;
+        at(
+            "mount the shared directory at",
+            path,
+            mount_tmpfs(path, MOUNT_POINTS),
+        )?;
         Ok(Self {
             path: path.to_owned(),
         })
@@ -230,11 +247,11 @@ fn make_read_only(target: &Path) -> Result<(), ShareError> {
     )
 }
 
-/// A tmpfs of at most 1 MiB: it holds mount points only.
-fn mount_tmpfs(path: &Path) -> io::Result<()> {
+/// Mounts an empty tmpfs of at most `size`, in tmpfs's notation.
+pub fn mount_tmpfs(path: &Path, size: &str) -> io::Result<()> {
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_set_string(&context, "mode", "0755")?;
-    rustix::mount::fsconfig_set_string(&context, "size", "1m")?;
+    rustix::mount::fsconfig_set_string(&context, "size", size)?;
     rustix::mount::fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOSUID

@@ -51,7 +51,9 @@ pub(crate) fn truth_then_nothing(case: &Case, id: &str, context: &str) {
     let alive = case.exec(id, "echo alive");
     match status.as_str() {
         "running" => assert_eq!(alive.text(), "alive\n", "{context}: running, but {alive:?}"),
-        "none" | "stopped" => assert_ne!(alive.status, 0, "{context}: {status}, but exec works"),
+        "none" | "stopped" | "paused" => {
+            assert_ne!(alive.status, 0, "{context}: {status}, but exec works")
+        }
         "created" | "creating" => {}
         other => panic!("{context}: status {other}"),
     }
@@ -123,6 +125,34 @@ macro_rules! kill_tests {
                 let Some(case) = super::case_for($reason) else { return };
                 let bundle = super::sleeping(&case);
                 super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["exec", "one", "true"]));
+            }
+        )*}
+        mod during_pause {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["pause", "one"]));
+            }
+        )*}
+        mod during_resume {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                let paused = || {
+                    case.start(&bundle, "one");
+                    case.call(["pause", "one"]).succeed();
+                };
+                super::kill_during(&case, $victim, paused, || case.call(["resume", "one"]));
+            }
+        )*}
+        mod during_update {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["update", "--pids-limit", "50", "one"]));
             }
         )*}
         mod during_delete {$(

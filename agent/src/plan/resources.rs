@@ -60,6 +60,32 @@ pub fn plan(resources: &LinuxResources) -> Result<Vec<Setting>, PlanError> {
     Ok(out)
 }
 
+/// The settings of an update. Unlike at creation, a quota without a period (and a period without a quota) keeps the
+/// other as it is in `bandwidth`, the cgroup's `cpu.max`.
+pub fn change(resources: &LinuxResources, bandwidth: &str) -> Result<Vec<Setting>, PlanError> {
+    let mut out = plan(resources)?;
+    let cpu = resources.cpu().as_ref();
+    let quota = cpu.and_then(LinuxCpu::quota).filter(|q| *q != 0);
+    let period = cpu.and_then(LinuxCpu::period).filter(|p| *p != 0);
+    let mut old = bandwidth.split_whitespace();
+    let (old_quota, old_period) = (old.next().unwrap_or("max"), old.next());
+    if let Some(setting) = out.iter_mut().find(|setting| setting.file == "cpu.max") {
+        match (quota, period) {
+            (None, Some(period)) => setting.value = format!("{old_quota} {period}"),
+            (Some(quota), None) => {
+                let quota = if quota > 0 {
+                    quota.to_string()
+                } else {
+                    "max".to_owned()
+                };
+                setting.value = format!("{quota} {}", old_period.unwrap_or("100000"));
+            }
+            _ => {}
+        }
+    }
+    Ok(out)
+}
+
 /// A name that is to be (part of) a file name in the cgroup and nothing else.
 fn check_name(name: &str, field: &'static str) -> Result<(), PlanError> {
     let bad = name.is_empty() || name.contains(['/', '\0']) || name.starts_with('.');
@@ -209,6 +235,31 @@ mod tests {
 
     fn pair(file: &str, value: &str) -> (String, String) {
         (file.to_owned(), value.to_owned())
+    }
+
+    #[test]
+    fn an_update_of_half_a_bandwidth_keeps_the_other_half() {
+        let changed = |json: &str, old: &str| {
+            let settings = change(&serde_json::from_str(json).unwrap(), old).unwrap();
+            settings.into_iter().map(|s| s.value).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            changed(r#"{"cpu":{"quota":500}}"#, "max 20000\n"),
+            ["500 20000"]
+        );
+        assert_eq!(
+            changed(r#"{"cpu":{"quota":-1}}"#, "700 20000\n"),
+            ["max 20000"]
+        );
+        assert_eq!(
+            changed(r#"{"cpu":{"period":5000,"quota":0}}"#, "700 20000\n"),
+            ["700 5000"]
+        );
+        assert_eq!(
+            changed(r#"{"cpu":{"period":5000,"quota":9}}"#, "700 20000\n"),
+            ["9 5000"]
+        );
+        assert!(changed(r#"{"memory":{"limit":0},"cpu":{"shares":0}}"#, "").is_empty());
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! - Processes are not counted here: the container's `pids.limit` holds in the guest.
 
 use caisson_vmm_spec::MiB;
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxThrottleDevice, Spec};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxResources, LinuxThrottleDevice, Spec};
 
 use crate::sizing::{self, VmSize};
 
@@ -19,11 +19,11 @@ const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// A value for a file of a cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Limit {
+pub struct Limit {
     /// The file's name.
-    pub(super) file: &'static str,
+    pub file: &'static str,
     /// What is written to it.
-    pub(super) value: String,
+    pub value: String,
 }
 
 /// All limits, in the order in which they are to be written.
@@ -44,6 +44,42 @@ pub(super) fn of(spec: &Spec, size: VmSize) -> Vec<Limit> {
         limits.extend(of_cpu(cpu));
     }
     if let Some(io) = resources.and_then(|resources| resources.block_io().as_ref()) {
+        limits.extend(of_io(io));
+    }
+    limits
+}
+
+/// What a change of a running container's limits means: `change` says what is touched, `all` what holds afterwards.
+pub(super) fn of_change(change: &LinuxResources, all: &LinuxResources, size: VmSize) -> Vec<Limit> {
+    let mut limits = Vec::new();
+    let memory = change.memory().as_ref().and_then(|memory| memory.limit());
+    if let Some(limit) = memory.filter(|&limit| limit != 0) {
+        let bytes = size.memory.bytes() + HOST_OVERHEAD.bytes();
+        let value = if limit < 0 {
+            "max".to_owned()
+        } else {
+            bytes.to_string()
+        };
+        limits.push(Limit {
+            file: "memory.max",
+            value,
+        });
+    }
+    if let Some(cpu) = change.cpu() {
+        let mut touched = cpu.clone();
+        let has_quota = cpu.quota().is_some_and(|quota| quota != 0);
+        let has_period = cpu.period().is_some_and(|period| period != 0);
+        touched.set_quota(None).set_period(None);
+        limits.extend(of_cpu(&touched));
+        if has_quota || has_period {
+            let value = all.cpu().as_ref().and_then(bandwidth);
+            limits.push(Limit {
+                file: "cpu.max",
+                value: value.unwrap_or_else(|| "max".to_owned()),
+            });
+        }
+    }
+    if let Some(io) = change.block_io() {
         limits.extend(of_io(io));
     }
     limits

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     bundle::{BundleError, Caller},
     cli::Exec,
-    control::{ControlError, process_file},
+    control::{ControlError, attached},
     error::CommandError,
     exec::{self, ExecError, Order, Session, Stdio},
     forwarded::Signals,
@@ -181,7 +181,7 @@ fn detached(
     id: &ContainerId,
     preserved: Vec<OwnedFd>,
 ) -> Result<ExitCode, ExecCommandError> {
-    let file = process_file(&json(process)?)
+    let file = attached(&json(process)?)
         .map_err(|source| ExecError::Control(ControlError::Process(source)))?;
     let streams = (io::stdin(), io::stdout(), io::stderr());
     let mut fds = vec![

@@ -8,27 +8,34 @@ use std::{
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use crate::{
     cli::{Command, Global, Rootless},
+    control::{Control, ControlError},
     error::CommandError,
     log::Log,
+    state::StateDir,
 };
 
 mod check;
 mod create;
 mod delete;
+mod events;
 pub(crate) mod exec;
 mod features;
+mod freeze;
 mod kill;
 mod kvm_api;
 pub(crate) mod launch;
 mod list;
+pub(crate) mod ps;
 mod run;
 mod spec;
 mod start;
 mod state;
+pub(crate) mod update;
 
 /// What every command is given.
 #[derive(Debug)]
@@ -71,8 +78,35 @@ pub fn dispatch(command: Command, context: &Context) -> Result<ExitCode, Command
         Command::List(args) => list::list(&args, context),
         Command::Spec(args) => spec::spec(&args),
         Command::State(args) => state::state(&args, context),
+        Command::Pause(args) => freeze::pause(&args, context),
+        Command::Resume(args) => freeze::resume(&args, context),
+        Command::Ps(args) => ps::run(&args, context),
+        Command::Events(args) => events::run(&args, context),
+        Command::Update(args) => update::run(&args, context),
+        Command::Checkpoint(_) => Err(CommandError::Checkpoint("checkpoint")),
+        Command::Restore(_) => Err(CommandError::Checkpoint("restore")),
         Command::Features => features::features(),
         Command::Check => check::check(context),
+    }
+}
+
+/// Asks a container's monitor. One that has ended is a refusal in the words of `otherwise`.
+fn ask<T>(
+    dir: &StateDir,
+    otherwise: &str,
+    patience: Duration,
+    question: impl FnOnce(Control) -> Result<T, ControlError>,
+) -> Result<T, CommandError> {
+    let answer = Control::connect(dir.path()).and_then(|control| {
+        control.set_patience(patience)?;
+        question(control)
+    });
+    match answer {
+        Ok(answer) => Ok(answer),
+        Err(ControlError::Failed(words)) => Err(CommandError::Refused(words)),
+        // It ended while it was being asked.
+        Err(_) if !dir.is_alive()? => Err(CommandError::Refused(otherwise.to_owned())),
+        Err(error) => Err(error.into()),
     }
 }
 

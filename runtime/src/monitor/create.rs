@@ -35,6 +35,7 @@ use crate::{
     state::{State, StateDir, StateError, Status, timestamp},
     stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
+    update::Limits,
 };
 
 /// Why a container was not created.
@@ -194,7 +195,8 @@ pub(super) async fn create(
         Ok((flowing, listener)) => {
             inside.stay();
             drop(cgroup.keep());
-            let record = Record::new(dir.keep(), state);
+            let limits = Limits::new(&bundle.spec, size);
+            let record = Record::new(dir.keep(), state, limits);
             Ok(Live {
                 sandbox,
                 record,

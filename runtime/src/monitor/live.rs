@@ -4,16 +4,20 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     process::ExitCode,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::task::JoinSet;
+use tokio::{
+    sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard},
+    task::JoinSet,
+};
 
 use super::{order::Report, serve};
 use crate::{
+    cgroup::HostCgroup,
     control::Listener,
     forwarded::{Signals, WINDOW_CHANGE},
     log::Log,
@@ -23,6 +27,7 @@ use crate::{
     state::{State, StateDir, Status},
     stdio::Progress,
     terminal,
+    update::Limits,
 };
 
 /// How long commands that are still being answered may take when the container has ended.
@@ -55,15 +60,66 @@ struct Shared {
     /// Held for the write of one small file, never across an await.
     state: Mutex<State>,
     processes: AtomicU64,
+    /// The processes that stand for running `exec`s; never locked across an await.
+    stand_ins: Mutex<Vec<u32>>,
+    /// Held while they are changed in the guest and on the host.
+    limits: AsyncMutex<Limits>,
+}
+
+/// A process that stands for a running `exec`.
+#[derive(Debug)]
+pub(super) struct StandIn(Record, u32);
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        let mut all = self.0.stand_ins();
+        if let Some(index) = all.iter().position(|&pid| pid == self.1) {
+            all.swap_remove(index);
+        }
+    }
 }
 
 impl Record {
-    pub(super) fn new(dir: StateDir, state: State) -> Self {
+    pub(super) fn new(dir: StateDir, state: State, limits: Limits) -> Self {
         Self(Arc::new(Shared {
             dir,
             state: Mutex::new(state),
             processes: AtomicU64::new(0),
+            stand_ins: Mutex::default(),
+            limits: AsyncMutex::new(limits),
         }))
+    }
+
+    fn stand_ins(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.0
+            .stand_ins
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes up a process that stands for a running `exec`, until the value is dropped.
+    pub(super) fn stand_in(&self, pid: u32) -> StandIn {
+        self.stand_ins().push(pid);
+        StandIn(self.clone(), pid)
+    }
+
+    /// The host's processes that stand for the container: this one, and those of running `exec`s.
+    pub(super) fn host_processes(&self) -> Vec<u32> {
+        let mut all = vec![std::process::id()];
+        all.extend(self.stand_ins().iter());
+        all.sort_unstable();
+        all
+    }
+
+    /// The limits, for whoever changes them.
+    pub(super) async fn limits(&self) -> AsyncMutexGuard<'_, Limits> {
+        self.0.limits.lock().await
+    }
+
+    /// The sandbox's cgroup on the host.
+    pub(super) fn cgroup(&self) -> Option<HostCgroup> {
+        let state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.cgroup.clone().map(HostCgroup::at)
     }
 
     pub(super) fn id(&self) -> String {

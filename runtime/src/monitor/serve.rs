@@ -6,14 +6,19 @@ use caisson_vmm_spec::Cause;
 
 use super::live::Record;
 use crate::{
-    control::{Answer, ControlError, Request, read_process},
+    control::{Answer, ControlError, Request, attached, read_attached},
+    error,
     packet::Packets,
+    process_table::Table,
     sandbox::{
         Event, ExecRequest, Exit, INIT, LOST, Refused, Sandbox, SandboxError, Started, Streams,
         Wanted,
     },
     state::Status,
 };
+
+/// The most kills that are told at once, whatever the guest counts.
+const MOST_KILLS: u64 = 1000;
 
 /// Answers a command, and follows an `exec` to its end.
 pub(super) async fn connection(packets: Packets, sandbox: Sandbox, record: Record) {
@@ -28,17 +33,21 @@ pub(super) async fn connection(packets: Packets, sandbox: Sandbox, record: Recor
             preserved,
             ignore_paused,
         } => {
-            let request = read_process(fds).map(|process| ExecRequest {
+            let request = read_attached(fds).map(|process| ExecRequest {
                 process_id: record.next_process_id(),
                 process,
                 wanted: Wanted::all(terminal, preserved),
                 ignore_paused,
             });
-            return exec(packets, sandbox, &id, request).await;
+            return exec(packets, sandbox, &record, request).await;
         }
         Request::Start => sandbox.start(&id).await.map(|()| Some(Status::Running)),
         Request::Pause => sandbox.pause(&id).await.map(|()| Some(Status::Paused)),
-        Request::Resume => sandbox.resume(&id).await.map(|()| Some(Status::Running)),
+        // Created, if it has not been started yet.
+        Request::Resume => match sandbox.resume(&id).await {
+            Ok(()) => sandbox.status(&id).await.map(Some),
+            Err(error) => Err(error),
+        },
         Request::Signal { signal, all } => {
             sandbox.signal(&id, INIT, signal, all).await.map(|()| None)
         }
@@ -47,36 +56,112 @@ pub(super) async fn connection(packets: Packets, sandbox: Sandbox, record: Recor
             .await
             .map(|()| None),
         Request::Processes => {
-            let answer = match sandbox.processes(&id).await {
-                Ok(pids) => Answer::Processes(pids),
+            return reply(&packets, &Answer::Processes(record.host_processes()), &[]).await;
+        }
+        Request::Table => return table(&packets, sandbox.table(&id).await).await,
+        Request::Stats => {
+            let answer = match sandbox.stats(&id).await {
+                Ok(guest) => Answer::Stats {
+                    guest: Box::new(guest),
+                    host: record
+                        .cgroup()
+                        .and_then(|cgroup| cgroup.stats().ok().map(Box::new)),
+                },
                 Err(error) => Answer::Failed(in_words(&error)),
+            };
+            return reply(&packets, &answer, &[]).await;
+        }
+        Request::Watch => return watch(&packets, &sandbox, &id).await,
+        Request::Update { resources } => {
+            let answer = match update(&sandbox, &record, &id, &resources).await {
+                Ok(()) => Answer::Done,
+                Err(words) => Answer::Failed(words),
             };
             return reply(&packets, &answer, &[]).await;
         }
     };
     let answer = match done.map(|status| status.map_or(Ok(()), |status| record.set(status))) {
         Ok(Ok(())) => Answer::Done,
-        Ok(Err(error)) => Answer::Failed(crate::error::message(&error)),
+        Ok(Err(error)) => Answer::Failed(error::message(&error)),
         Err(error) => Answer::Failed(in_words(&error)),
     };
     reply(&packets, &answer, &[]).await;
 }
 
+async fn table(packets: &Packets, table: Result<Table, SandboxError>) {
+    let failed = |error: &dyn std::error::Error| Answer::Failed(error::message(error));
+    let file = match table {
+        Ok(table) => serde_json::to_vec(&table)
+            .map_err(std::io::Error::from)
+            .and_then(|json| attached(&json)),
+        Err(error) => return reply(packets, &Answer::Failed(in_words(&error)), &[]).await,
+    };
+    match file {
+        Ok(file) => reply(packets, &Answer::Table, &[file.as_fd()]).await,
+        Err(error) => reply(packets, &failed(&error), &[]).await,
+    }
+}
+
+/// Tells each kill for want of memory from now on, until the container ends or the command hangs up.
+async fn watch(packets: &Packets, sandbox: &Sandbox, id: &str) {
+    let mut seen = match sandbox.stats(id).await {
+        Ok(stats) => stats.memory.oom_kills,
+        Err(error) => return reply(packets, &Answer::Failed(in_words(&error)), &[]).await,
+    };
+    reply(packets, &Answer::Done, &[]).await;
+    loop {
+        let count = tokio::select! {
+            count = sandbox.out_of_memory(id, seen) => count,
+            _ = packets.receive::<Request>() => return,
+        };
+        let Ok(count) = count else { return };
+        for _ in 0..count.saturating_sub(seen).min(MOST_KILLS) {
+            if packets.send(&Answer::OutOfMemory, &[]).await.is_err() {
+                return;
+            }
+        }
+        seen = count;
+    }
+}
+
+/// Changes limits on the host and in the guest; if the guest refuses, the host's are as before.
+async fn update(
+    sandbox: &Sandbox,
+    record: &Record,
+    id: &str,
+    resources: &str,
+) -> Result<(), String> {
+    let mut limits = record.limits().await;
+    let change = limits
+        .change(resources)
+        .map_err(|error| error::message(&error))?;
+    let cgroup = record.cgroup();
+    let before = match &cgroup {
+        Some(cgroup) => cgroup
+            .change(&change.host)
+            .map_err(|error| error::message(&error))?,
+        None => Vec::new(),
+    };
+    let changed = sandbox.update(id, change.guest).await;
+    if let (Err(_), Some(cgroup)) = (&changed, &cgroup) {
+        cgroup.change_back(&before);
+    }
+    changed.map_err(|error| in_words(&error))?;
+    *limits = change.limits;
+    Ok(())
+}
+
 async fn exec(
     packets: Packets,
     sandbox: Sandbox,
-    id: &str,
+    record: &Record,
     request: Result<ExecRequest, ControlError>,
 ) {
+    let id = &record.id();
     let request = match request {
         Ok(request) => request,
         Err(error) => {
-            return reply(
-                &packets,
-                &Answer::Failed(crate::error::message(&error)),
-                &[],
-            )
-            .await;
+            return reply(&packets, &Answer::Failed(error::message(&error)), &[]).await;
         }
     };
     let process_id = request.process_id.clone();
@@ -92,6 +177,7 @@ async fn exec(
             return reply(&packets, &Answer::Failed(words), &[]).await;
         }
     };
+    let _stand_in = packets.peer().map(|pid| record.stand_in(pid));
     reply(&packets, &Answer::Started { pid }, &borrowed(&streams)).await;
     // The command holds its own copies: with these gone, its end is the streams' end.
     drop(streams);
@@ -165,7 +251,7 @@ async fn reply(packets: &Packets, answer: &Answer, fds: &[BorrowedFd<'_>]) {
 /// A refusal in runc's words.
 fn in_words(error: &SandboxError) -> String {
     let SandboxError::Refused(Refused { from, event }) = error else {
-        return crate::error::message(error);
+        return error::message(error);
     };
     match (event, from) {
         (Event::Start, Status::Stopped) => "cannot start a container that has stopped".into(),

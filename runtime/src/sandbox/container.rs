@@ -8,6 +8,8 @@ use super::{Event, Exit, INIT, Refused, Reply, SandboxError, Status, after};
 #[derive(Debug)]
 pub(super) struct Container {
     status: Status,
+    /// Its program has been let go on.
+    started: bool,
     /// Init under [`INIT`], and what `exec` started.
     processes: HashMap<String, Process>,
 }
@@ -24,6 +26,7 @@ impl Container {
     pub(super) fn new() -> Self {
         Self {
             status: Status::Creating,
+            started: false,
             processes: HashMap::new(),
         }
     }
@@ -40,7 +43,11 @@ impl Container {
     /// `event` has happened. What the table does not have changes nothing: a container that has ended stays ended.
     pub(super) fn advance(&mut self, event: Event) {
         if let Ok(status) = after(self.status, event) {
-            self.status = status;
+            self.started |= event == Event::Start;
+            self.status = match event {
+                Event::Resume if !self.started => Status::Created,
+                _ => status,
+            };
         }
     }
 
@@ -187,6 +194,20 @@ mod tests {
         container.add("e2", true).unwrap();
         container.ended(INIT, exit(0));
         assert!(container.add("e3", true).is_err());
+    }
+
+    #[test]
+    fn a_container_that_was_paused_before_its_start_waits_for_it_afterwards() {
+        let mut container = Container::new();
+        container.created();
+        container.advance(Event::Pause);
+        assert_eq!(container.status(), Status::Paused);
+        container.advance(Event::Resume);
+        assert_eq!(container.status(), Status::Created);
+        container.advance(Event::Start);
+        container.advance(Event::Pause);
+        container.advance(Event::Resume);
+        assert_eq!(container.status(), Status::Running);
     }
 
     #[test]

@@ -1,7 +1,12 @@
 //! What reaches the owner of a sandbox: requests of its handles, and what its own tasks bring back.
 
+use std::sync::Arc;
+
 use super::{CreateRequest, Event, ExecRequest, Exit, Reply, SandboxError, Started, Status};
-use crate::agent::AgentError;
+use crate::{agent::AgentError, process_table::Table, stats::Stats};
+
+/// Held by a task for as long as it needs the guest to run.
+pub(super) type Busy = Arc<()>;
 
 /// What the owner is told.
 #[derive(Debug)]
@@ -47,6 +52,24 @@ pub(super) enum Message {
         id: String,
         reply: Reply<Vec<u32>>,
     },
+    Table {
+        id: String,
+        reply: Reply<Table>,
+    },
+    Stats {
+        id: String,
+        reply: Reply<Stats>,
+    },
+    OutOfMemory {
+        id: String,
+        seen: u64,
+        reply: Reply<u64>,
+    },
+    Update {
+        id: String,
+        resources: Vec<u8>,
+        reply: Reply<()>,
+    },
     Status {
         id: String,
         reply: Reply<Status>,
@@ -56,7 +79,8 @@ pub(super) enum Message {
         reply: Reply<()>,
     },
     Stop,
-    Done(Done),
+    /// With what kept the guest running meanwhile, if it had to run.
+    Done(Done, Option<Busy>),
 }
 
 /// What a task that called the agent brings back.
@@ -89,6 +113,8 @@ pub(super) enum Done {
         result: Result<(), AgentError>,
         reply: Reply<()>,
     },
+    /// The asker has its answer.
+    Answered,
     /// Init has been told to die, and has had the time for it.
     Doomed {
         id: String,

@@ -11,6 +11,7 @@
 
 mod boot;
 mod container;
+mod inquiry;
 mod message;
 mod owner;
 mod ports;
@@ -27,7 +28,9 @@ pub use self::{
 pub use crate::agent::Exit;
 use crate::{
     agent::AgentError,
+    process_table::{Table, TableError},
     state::Status,
+    stats::{Stats, StatsError},
     vmm::{Ended, VmmError},
 };
 use message::Message;
@@ -62,6 +65,12 @@ pub enum SandboxError {
     /// The agent answered, but did not connect a stream first.
     #[error("the guest did not connect the standard streams")]
     Streams,
+    /// The guest's numbers are none.
+    #[error(transparent)]
+    Stats(#[from] StatsError),
+    /// The guest's list of processes is none.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// The host refused something.
     #[error("open ports for the standard streams")]
     Ports(#[source] std::io::Error),
@@ -241,6 +250,38 @@ impl Sandbox {
     pub async fn processes(&self, id: &str) -> Result<Vec<u32>, SandboxError> {
         let id = id.to_owned();
         self.ask(|reply| Message::Processes { id, reply }).await
+    }
+
+    /// A container's processes as the guest's /proc describes them.
+    pub async fn table(&self, id: &str) -> Result<Table, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Table { id, reply }).await
+    }
+
+    /// What a container uses, by the guest's count.
+    pub async fn stats(&self, id: &str) -> Result<Stats, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Stats { id, reply }).await
+    }
+
+    /// Waits until more than `seen` processes of a container were killed for want of memory; answers how many. An error
+    /// once the container has ended.
+    pub async fn out_of_memory(&self, id: &str, seen: u64) -> Result<u64, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::OutOfMemory { id, seen, reply })
+            .await
+    }
+
+    /// Changes a container's limits in the guest: `resources` is a `linux.resources` object without what concerns the
+    /// host. All or nothing.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Update {
+            id,
+            resources,
+            reply,
+        })
+        .await
     }
 
     /// Where a container is in its life.

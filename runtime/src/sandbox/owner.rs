@@ -4,9 +4,10 @@
 //! time. The owner never waits for the guest: a call to the agent runs as a task of its own, whose result comes back as
 //! a message. A question that it cannot answer because the virtual machine ended is dropped unanswered; the handle then
 //! tells the asker why (`Sandbox::ask`).
+//! While all containers are paused and no call needs the guest, the vCPUs stand still (`Owner::balance`).
 //! Not here: the table of states (`status.rs`), who waits for what (`container.rs`), streams before they are connected (`ports.rs`).
 
-use std::{collections::HashMap, future::Future, time::Duration};
+use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use caisson_vmm_spec::{Cause, Event as VmEvent, Request};
 use tokio::{
@@ -18,7 +19,8 @@ use super::{
     CreateRequest, Event, ExecRequest, Exit, INIT, Reply, Sandbox, SandboxError, Started, Status,
     boot::LAST_BREATH,
     container::Container,
-    message::{Done, Message},
+    inquiry,
+    message::{Busy, Done, Message},
     ports::Ports,
 };
 use crate::{
@@ -40,6 +42,10 @@ struct Owner {
     ports: Ports,
     containers: HashMap<String, Container>,
     outbox: mpsc::WeakSender<Message>,
+    /// Cloned for every call that needs the guest to run.
+    busy: Busy,
+    /// The vCPUs have been told to stop.
+    halted: bool,
     /// Why the owner itself is ending the virtual machine, and by when it must be gone.
     ending: Option<(Ended, Instant)>,
 }
@@ -81,6 +87,8 @@ pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
         ports: Ports::default(),
         containers: HashMap::new(),
         outbox: outbox.downgrade(),
+        busy: Busy::default(),
+        halted: false,
         ending: None,
     };
     tokio::spawn(async move {
@@ -112,7 +120,10 @@ impl Owner {
                     Ok(None) | Err(_) => break Last::Closed,
                 },
                 message = inbox.recv() => match message {
-                    Some(message) => self.handle(message, &vmm).await,
+                    Some(message) => {
+                        self.handle(message, &vmm).await;
+                        self.balance(&vmm).await;
+                    }
                     None => break Last::Unwanted,
                 },
                 () = until(deadline) => break Last::Late,
@@ -183,6 +194,26 @@ impl Owner {
                 let agent = self.agent.clone();
                 self.call(reply, async move { Ok(agent.processes(&id).await?) });
             }
+            Message::Table { id, reply } => {
+                let agent = self.agent.clone();
+                self.call(reply, async move { inquiry::table(&agent, &id).await });
+            }
+            Message::Stats { id, reply } => {
+                let agent = self.agent.clone();
+                self.call(reply, async move { inquiry::stats(&agent, &id).await });
+            }
+            Message::OutOfMemory { id, seen, reply } => {
+                let agent = self.agent.clone();
+                self.observe(
+                    reply,
+                    async move { Ok(agent.out_of_memory(&id, seen).await?) },
+                );
+            }
+            Message::Update {
+                id,
+                resources,
+                reply,
+            } => self.update(id, resources, reply),
             Message::Status { id, reply } => {
                 let status = self.container(&id).map(Container::status);
                 answer(reply, status);
@@ -193,8 +224,47 @@ impl Owner {
                 // If the VMM no longer listens it is gone or hung; the deadline covers both.
                 let _ = tokio::time::timeout(LAST_BREATH, vmm.request(&Request::Stop)).await;
             }
-            Message::Done(done) => self.done(done),
+            Message::Done(done, busy) => {
+                drop(busy);
+                self.done(done);
+            }
         }
+    }
+
+    /// Stops the vCPUs while nothing in the guest can go on, and only then.
+    async fn balance(&mut self, vmm: &Vmm) {
+        let is_busy = Arc::strong_count(&self.busy) > 1;
+        let halt = !is_busy && can_halt(self.containers.values().map(Container::status));
+        if halt == self.halted {
+            return;
+        }
+        self.halted = halt;
+        let request = if halt {
+            Request::Pause
+        } else {
+            Request::Resume
+        };
+        let sent = tokio::time::timeout(LAST_BREATH, vmm.request(&request)).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            // It is gone, which its socket will say, or hung.
+            let why = ended(Cause::HostError, "the VMM does not listen");
+            self.end(why, LAST_BREATH);
+        }
+    }
+
+    fn update(&mut self, id: String, resources: Vec<u8>, reply: Reply<()>) {
+        // As for a signal: there must be something that the limits hold for.
+        if let Err(error) = self
+            .container(&id)
+            .and_then(|container| container.allows(Event::Signal))
+        {
+            return answer(reply, Err(error));
+        }
+        let agent = self.agent.clone();
+        self.call(
+            reply,
+            async move { Ok(agent.update(&id, resources).await?) },
+        );
     }
 
     fn create(&mut self, id: String, request: CreateRequest, reply: Reply<Started>) {
@@ -286,13 +356,13 @@ impl Owner {
             match agent.signal(&id, &process_id, signal, all).await {
                 Err(AgentError::Silent { .. } | AgentError::Nonsense { .. }) if deadly => {
                     // The guest does not even kill: nothing in it is worth keeping.
-                    tell(&outbox, Done::Unkillable).await;
+                    tell(&outbox, Done::Unkillable, None).await;
                     Ok(())
                 }
                 Ok(()) if deadly && process_id == INIT => {
                     tokio::spawn(async move {
                         tokio::time::sleep(AFTER_KILL).await;
-                        tell(&outbox, Done::Doomed { id }).await;
+                        tell(&outbox, Done::Doomed { id }, None).await;
                     });
                     Ok(())
                 }
@@ -345,21 +415,48 @@ impl Owner {
         reply: Reply<T>,
         call: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
     ) {
+        let busy = Some(Arc::clone(&self.busy));
+        self.ask(reply, call, busy);
+    }
+
+    /// The same for a call that waits for something to happen, for which the guest need not run.
+    fn observe<T: Send + 'static>(
+        &self,
+        reply: Reply<T>,
+        call: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
+    ) {
+        self.ask(reply, call, None);
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        mut reply: Reply<T>,
+        call: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
+        busy: Option<Busy>,
+    ) {
         let outbox = self.outbox.clone();
         tokio::spawn(async move {
-            let result = call.await;
-            if lost(&result) {
-                tell(&outbox, Done::AgentGone).await;
+            let result = tokio::select! {
+                biased;
+                result = call => result,
+                // What only observes need not go on for nobody.
+                () = reply.closed(), if busy.is_none() => Err(SandboxError::NotFound("asker")),
+            };
+            let done = if lost(&result) {
+                Done::AgentGone
             } else {
                 answer(reply, result);
-            }
+                Done::Answered
+            };
+            tell(&outbox, done, busy).await;
         });
     }
 
     /// A call whose result comes back to the owner.
     fn task(&self, call: impl Future<Output = Done> + Send + 'static) {
         let outbox = self.outbox.clone();
-        tokio::spawn(async move { tell(&outbox, call.await).await });
+        let busy = Some(Arc::clone(&self.busy));
+        tokio::spawn(async move { tell(&outbox, call.await, busy).await });
     }
 
     fn done(&mut self, done: Done) {
@@ -401,6 +498,7 @@ impl Owner {
                 }
                 self.finish(reply, result.map_err(SandboxError::Agent));
             }
+            Done::Answered => {}
             Done::Doomed { id } => self.doomed(&id),
             Done::Unkillable => {
                 self.end(
@@ -431,13 +529,15 @@ impl Owner {
     /// Waits for a process's end in a task of its own.
     fn watch(&self, id: String, process_id: String) {
         let agent = self.agent.clone();
-        self.task(async move {
+        let outbox = self.outbox.clone();
+        tokio::spawn(async move {
             let result = agent.wait(&id, &process_id).await;
-            Done::Ended {
+            let done = Done::Ended {
                 id,
                 process_id,
                 result,
-            }
+            };
+            tell(&outbox, done, None).await;
         });
     }
 
@@ -502,10 +602,23 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-async fn tell(outbox: &mpsc::WeakSender<Message>, done: Done) {
+/// Whether nothing in a guest with these containers can go on.
+fn can_halt(containers: impl Iterator<Item = Status>) -> bool {
+    let mut paused = false;
+    for status in containers {
+        match status {
+            Status::Paused => paused = true,
+            Status::Stopped => {}
+            Status::Creating | Status::Created | Status::Running => return false,
+        }
+    }
+    paused
+}
+
+async fn tell(outbox: &mpsc::WeakSender<Message>, done: Done, busy: Option<Busy>) {
     if let Some(outbox) = outbox.upgrade() {
         // Fails only if the owner has ended, and then nobody needs to know.
-        let _ = outbox.send(Message::Done(done)).await;
+        let _ = outbox.send(Message::Done(done, busy)).await;
     }
 }
 
@@ -529,6 +642,22 @@ fn ended(cause: Cause, message: &str) -> Ended {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_guest_stands_still_only_while_all_that_lives_in_it_is_paused() {
+        use Status::{Created, Creating, Paused, Running, Stopped};
+        let halts = |all: &[Status]| can_halt(all.iter().copied());
+        assert!(halts(&[Paused]) && halts(&[Paused, Stopped, Paused]));
+        for all in [
+            &[][..],
+            &[Stopped],
+            &[Paused, Running],
+            &[Paused, Created],
+            &[Creating, Paused],
+        ] {
+            assert!(!halts(all), "{all:?}");
+        }
+    }
 
     #[test]
     fn the_best_known_reason_for_the_end_is_told() {

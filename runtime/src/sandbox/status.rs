@@ -5,6 +5,7 @@
 //!      |                    |                  |                          |
 //!      +------Exited--------+------Exited------+---------Exited-----------+--> Stopped
 //! ```
+//! A container that was paused before its start is created again after `Resume`; `container.rs` remembers that.
 
 use crate::state::Status;
 use Event::{Created, Delete, Exec, Exited, Pause, Resume, Signal, Start};
@@ -45,7 +46,8 @@ pub const fn after(from: Status, event: Event) -> Result<Status, Refused> {
     match (from, event) {
         (Status::Creating, Created) => Ok(Status::Created),
         (Status::Created, Start) | (Status::Paused, Resume) => Ok(Status::Running),
-        (Status::Running, Pause) => Ok(Status::Paused),
+        // As runc: one that waits for its start can be paused too.
+        (Status::Created | Status::Running, Pause) => Ok(Status::Paused),
         (Status::Creating | Status::Created | Status::Running | Status::Paused, Exited)
         | (Status::Stopped, Delete) => Ok(Status::Stopped),
         (Status::Created | Status::Running | Status::Paused, Exec | Signal) => Ok(from),
@@ -84,7 +86,7 @@ mod tests {
     #[test]
     fn every_pair_of_state_and_event_is_decided() {
         // One row per state, one letter per event: the state afterwards, or a dot where the step is refused.
-        let expected = ["d.....s.", ".r..dds.", "..p.rrs.", "...rpps.", ".......s"];
+        let expected = ["d.....s.", ".rp.dds.", "..p.rrs.", "...rpps.", ".......s"];
         for (from, row) in STATES.into_iter().zip(expected) {
             let decided: String = EVENTS
                 .into_iter()

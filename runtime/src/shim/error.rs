@@ -115,6 +115,8 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::Agent(_)
         | SandboxError::Ended(_)
         | SandboxError::Vmm(_)
+        | SandboxError::Stats(_)
+        | SandboxError::Table(_)
         | SandboxError::Streams
         | SandboxError::Ports(_) => Code::UNKNOWN,
     }

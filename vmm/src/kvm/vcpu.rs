@@ -36,11 +36,11 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the gate is closed.
-    fn pass(&self) {
+    /// Waits while the gate is closed; says whether it was.
+    fn pass(&self) -> bool {
         let mut state = self.lock();
         if !state.closed {
-            return;
+            return false;
         }
         state.waiting += 1;
         self.changed.notify_all();
@@ -51,6 +51,7 @@ impl Gate {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting -= 1;
+        true
     }
 
     /// A thread that will never come to the gate again.
@@ -201,7 +202,11 @@ impl Runner {
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
                 self.exits.interrupted.add(1);
                 self.vcpu.set_kvm_immediate_exit(0);
-                self.gate.pass();
+                if self.gate.pass() {
+                    // The guest's watchdogs must not take the pause for a stall. One that does not use the clock of KVM
+                    // cannot be told.
+                    let _ = self.vcpu.kvmclock_ctrl();
+                }
             }
             Err(error) => return Some((Cause::HostError, format!("run a vCPU: {error}"))),
         }
