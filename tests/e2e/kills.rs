@@ -229,3 +229,18 @@ fn a_machine_that_is_killed_ends_run_with_137() {
     let outcome = running.finish();
     assert_eq!(outcome.status, 137, "{outcome:?}");
 }
+
+#[test]
+fn a_machine_that_hears_nothing_ends_with_its_monitor() {
+    let Some(case) = case_for("runc has no machine") else {
+        return;
+    };
+    case.start(&sleeping(&case), "one");
+    let machine = Victim::Vmm.find(case.pid("one")).expect("a virtual machine");
+    // It cannot hear that its control socket closed.
+    kill_process(machine, Signal::STOP).expect("stop the VMM");
+    kill_process(case.pid("one"), Signal::KILL).expect("kill the monitor");
+    let ended = call::wait_for_exit(machine, Duration::from_secs(30));
+    assert!(ended, "the machine outlived its monitor");
+    truth_then_nothing(&case, "one", "a stopped machine without a monitor");
+}
