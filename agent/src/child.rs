@@ -219,6 +219,10 @@ fn set_up(
     if plan.namespaces.create & crate::plan::namespaces::NETWORK != 0 {
         sys::loopback_up().step(|| "set the loopback interface up".to_owned())?;
     }
+    if plan.awaits_network {
+        control.send(&FromChild::Network);
+        control.wait()?;
+    }
     let built = rootfs::build(container, sources, plan.namespaces.has_user())?;
     hooks::run(
         &container.create_hooks,

@@ -4,6 +4,7 @@
 //! any of them becomes Stopped when init ends. Only [`Container`]'s methods move them; the service calls those.
 
 use crate::cgroup::{Cgroup, CgroupError, HIERARCHY};
+use crate::network::{self, NetworkError};
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
 use crate::plan::seccomp::Filter;
@@ -12,7 +13,7 @@ use crate::process::{ControlSocket, Process, ProcessError, Surroundings, spawn};
 use crate::reaper::Reaper;
 use crate::socket::Dial;
 use crate::stdio::{self, Dialed};
-use caisson_agent_api::{CreateContainerRequest, ExecProcessRequest, Stdio};
+use caisson_agent_api::{CreateContainerRequest, ExecProcessRequest, Network, Stdio};
 use oci_spec::runtime::{LinuxPersonality, LinuxResources, Process as ProcessSpec, Spec};
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
@@ -28,6 +29,8 @@ pub(crate) enum ContainerError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Process(#[from] ProcessError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error("connect the standard streams")]
     Streams(#[source] io::Error),
     #[error("cannot {action} a container that is {state}")]
@@ -177,6 +180,7 @@ fn plan(request: &CreateContainerRequest, preserved: u32) -> Result<Planned, Con
         container_id: request.container_id.clone(),
         cgroup: Path::new(HIERARCHY).join(cgroup_name(&request.container_id)?),
         namespaces: plan::namespaces::plan(&spec)?,
+        awaits_network: network::is_needed(&request.network),
         container: Some(container),
         process,
     };
@@ -219,6 +223,7 @@ impl Container {
             reaper: &workshop.reaper,
             cgroup: Arc::clone(&cgroup),
             init: None,
+            network: &request.network,
         };
         if let Some(uid) = cgroup_owner
             && let Err(error) = cgroup.delegate(uid)
@@ -306,6 +311,7 @@ impl Container {
             reaper: &workshop.reaper,
             cgroup: Arc::clone(&self.cgroup),
             init: Some(self.init.pidfd()),
+            network: &Network::default(),
         };
         let (process, _) = spawn(&child, around, child_ends, our_ends).await?;
         let pid = process.pid;
@@ -318,6 +324,7 @@ impl Container {
             container_id: self.id.clone(),
             cgroup: self.cgroup.path().to_owned(),
             namespaces: self.namespaces.for_exec(),
+            awaits_network: false,
             container: None,
             process,
         }
@@ -425,6 +432,14 @@ impl Container {
     /// The container's cgroup.
     pub(crate) fn cgroup(&self) -> &Arc<Cgroup> {
         &self.cgroup
+    }
+
+    /// Makes the container's network follow the host's. One that has ended needs none.
+    pub(crate) fn update_network(&self, network: &Network) -> Result<(), ContainerError> {
+        if self.changing().state == State::Stopped {
+            return Ok(());
+        }
+        Ok(network::apply(network, self.init.resident())?)
     }
 
     /// All processes.

@@ -13,6 +13,7 @@ mod devices;
 pub mod guest;
 mod inspect;
 pub mod kmsg;
+mod network;
 pub mod plan;
 pub mod power;
 mod process;

@@ -107,6 +107,8 @@ pub struct ChildPlan {
     pub namespaces: NamespacePlan,
     /// The container that is to be set up; `None` for a further process in one that exists.
     pub container: Option<ContainerPlan>,
+    /// The process waits in its network namespace until the agent has connected that.
+    pub awaits_network: bool,
     /// The process itself.
     pub process: ProcessPlan,
 }

@@ -6,9 +6,11 @@
 
 use crate::cgroup::Cgroup;
 use crate::child::{self, FromChild, MAX_MESSAGE_BYTES};
+use crate::network::{self, NetworkError, Resident};
 use crate::plan::ChildPlan;
 use crate::reaper::Reaper;
 use crate::stdio::{ChildEnds, OurEnds, Streams};
+use caisson_agent_api::Network;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{Errno, FdFlags, fcntl_setfd, write};
 use rustix::net::{
@@ -38,6 +40,9 @@ pub(crate) enum ProcessError {
     /// A step in the child failed.
     #[error("{0}")]
     Child(String),
+    /// The network could not be made.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The child ended without a word: killed, most likely for want of memory.
     #[error("the process ended before it was ready{}", .0.map_or(String::new(), |c| format!(" (exit status {c})")))]
     Died(Option<u32>),
@@ -187,6 +192,14 @@ impl Process {
         tcsetwinsize(terminal.get_ref(), size).map_err(|e| ProcessError::Resize(e.into()))
     }
 
+    /// The process as one that is in the container's network namespace.
+    pub(crate) fn resident(&self) -> Resident<'_> {
+        Resident {
+            pid: self.pid,
+            pidfd: self.pidfd(),
+        }
+    }
+
     /// The pidfd, to join the namespaces of.
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
@@ -210,6 +223,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) cgroup: Arc<Cgroup>,
     /// The process whose namespaces the new one joins; `None` if it is a container's first.
     pub(crate) init: Option<BorrowedFd<'a>>,
+    /// For a process that waits for it (`ChildPlan::awaits_network`).
+    pub(crate) network: &'a Network,
 }
 
 /// Makes a process. The control socket comes back if it is parked.
@@ -238,6 +253,17 @@ pub(crate) async fn spawn(
                 newborn.end = Some(birth.claim(pid));
             }
             Heard::Message(FromChild::Terminal, fd) => newborn.terminal = fd,
+            Heard::Message(FromChild::Network, _) => {
+                let Err(error) = connect(newborn.pid, around.network) else {
+                    write(control.0.get_ref(), &[1])
+                        .map_err(|e| failed("go on with the network")(e.into()))?;
+                    continue;
+                };
+                // It waits on its socket, and ends with that.
+                drop(control);
+                newborn.gone().await;
+                return Err(error);
+            }
             Heard::Message(FromChild::Ready, _) => break true,
             Heard::Message(FromChild::Failed(text), _) => {
                 newborn.gone().await;
@@ -252,6 +278,19 @@ pub(crate) async fn spawn(
         .grow_up(around.cgroup, our_ends, plan.container.is_some())
         .await?;
     Ok((process, ready.then_some(control)))
+}
+
+/// Gives a process that has just been born the network it waits for.
+fn connect(pid: Option<i32>, network: &Network) -> Result<(), ProcessError> {
+    let pid = pid
+        .and_then(Pid::from_raw)
+        .ok_or(ProcessError::Died(None))?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|_| ProcessError::Died(None))?;
+    let resident = Resident {
+        pid: pid.as_raw_nonzero().get(),
+        pidfd: pidfd.as_fd(),
+    };
+    Ok(network::apply(network, resident)?)
 }
 
 /// A process between its first word and its place among the container's processes.

@@ -15,7 +15,8 @@ use caisson_agent_api::{
     DescribeProcessesRequest, DescribeProcessesResponse, Empty, ExecProcessRequest,
     ExecProcessResponse, ListProcessesResponse, ProcessRequest, ReadCgroupRequest,
     ReadCgroupResponse, ResizeTerminalRequest, SignalProcessRequest, TextFile,
-    UpdateContainerRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse, create_agent,
+    UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest, WaitOomResponse,
+    WaitProcessResponse, create_agent,
 };
 use futures_util::stream;
 use std::collections::HashMap;
@@ -50,9 +51,10 @@ fn code(error: &ContainerError) -> Code {
         | ContainerError::Process(ProcessError::Finished | ProcessError::NoTerminal) => {
             Code::FAILED_PRECONDITION
         }
-        ContainerError::Cgroup(_) | ContainerError::Process(_) | ContainerError::Streams(_) => {
-            Code::INTERNAL
-        }
+        ContainerError::Cgroup(_)
+        | ContainerError::Network(_)
+        | ContainerError::Process(_)
+        | ContainerError::Streams(_) => Code::INTERNAL,
     }
 }
 
@@ -312,6 +314,15 @@ impl Agent for Service {
             system: crate::inspect::system(),
             ..DescribeProcessesResponse::default()
         })
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        empty(container.update_network(&request.network))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

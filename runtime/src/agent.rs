@@ -9,8 +9,9 @@ use std::{collections::HashMap, future::Future, time::Duration};
 
 use caisson_agent_api::{
     AgentClient, ContainerRequest, CreateContainerRequest, DescribeProcessesRequest,
-    DescribeProcessesResponse, ExecProcessRequest, ProcessRequest, ReadCgroupRequest,
-    ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest, WaitOomRequest,
+    DescribeProcessesResponse, ExecProcessRequest, Network, ProcessRequest, ReadCgroupRequest,
+    ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
+    UpdateNetworkRequest, WaitOomRequest,
 };
 use tokio::net::UnixStream;
 use ttrpc::{
@@ -114,6 +115,7 @@ impl Agent {
         spec: Vec<u8>,
         bundle: &str,
         ports: &StreamPorts,
+        network: Network,
     ) -> Result<u32, AgentError> {
         let call = "create the container";
         let request = CreateContainerRequest {
@@ -122,6 +124,7 @@ impl Agent {
             bundle: bundle.to_owned(),
             stdio: Some(stdio(ports)).into(),
             preserved_ports: ports.preserved.clone(),
+            network: Some(network).into(),
             ..Default::default()
         };
         let answer = answered(call, SET_UP, |context| {
@@ -261,6 +264,20 @@ impl Agent {
         };
         answered("update the container", CALL, |c| {
             self.0.update_container(c, &request)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Has the container's network follow a change.
+    pub async fn update_network(&self, id: &str, network: Network) -> Result<(), AgentError> {
+        let request = UpdateNetworkRequest {
+            container_id: id.to_owned(),
+            network: Some(network).into(),
+            ..Default::default()
+        };
+        answered("update the network", CALL, |c| {
+            self.0.update_network(c, &request)
         })
         .await
         .map(drop)

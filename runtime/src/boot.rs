@@ -22,6 +22,7 @@ use crate::{
     bundle::VmSection,
     cgroup::HostCgroup,
     config::Config,
+    network::Plug,
     sandbox::{BootError, Booting},
     share::{Share, ShareError},
     sizing::VmSize,
@@ -51,7 +52,7 @@ pub enum StartError {
 }
 
 /// A sandbox whose host side is ready.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Boot<'a> {
     /// The sandbox's own directory on the host.
     pub dir: &'a Path,
@@ -65,6 +66,10 @@ pub struct Boot<'a> {
     pub share: &'a Share,
     /// Where the VMM begins its life.
     pub cgroup: &'a HostCgroup,
+    /// Its network interfaces (`network`).
+    pub networks: Vec<Plug>,
+    /// How many more there may be.
+    pub spare_networks: u8,
 }
 
 impl Boot<'_> {
@@ -77,6 +82,8 @@ impl Boot<'_> {
             size,
             share,
             cgroup,
+            networks,
+            spare_networks,
         } = self;
         let kernel = vm.and_then(|vm| vm.kernel.as_ref());
         let cmdline = kernel.map_or_else(
@@ -96,6 +103,8 @@ impl Boot<'_> {
             huge_pages: config.huge_pages,
             boot_deadline: Duration::from_millis(config.boot_timeout_ms),
             share: share.root()?,
+            networks,
+            spare_networks,
             console: config.debug_console.then(|| log_file(dir)).transpose()?,
             alive: Some(lock_file(dir)?),
             cgroup: Some(cgroup.as_fd()),

@@ -39,6 +39,8 @@ pub struct Config {
     pub default_memory_mib: MiB,
     /// Guest memory beyond the container's limit: guest kernel, agent and page tables.
     pub memory_overhead_mib: MiB,
+    /// How many network interfaces a container may get after its start, beyond those that it has then.
+    pub spare_interfaces: u8,
     /// Ask the host for huge pages.
     pub huge_pages: bool,
     /// How long a guest may take from its first instruction until its agent answers. 0: no limit.
@@ -59,6 +61,7 @@ impl Default for Config {
             default_vcpus: 1,
             default_memory_mib: MiB(256),
             memory_overhead_mib: MiB(64),
+            spare_interfaces: 4,
             huge_pages: true,
             boot_timeout_ms: 30_000,
             debug_console: false,
@@ -146,6 +149,9 @@ impl Config {
         }
         if !(1..=32).contains(&self.default_vcpus) {
             return Err(("default_vcpus", "1 to 32"));
+        }
+        if self.spare_interfaces > 8 {
+            return Err(("spare_interfaces", "0 to 8"));
         }
         if self.default_memory_mib < MiB(64) {
             return Err(("default_memory_mib", "at least 64"));

@@ -17,6 +17,7 @@ pub mod guest_spec;
 pub mod hooks;
 pub mod log;
 pub mod monitor;
+pub mod network;
 pub mod packet;
 pub mod preserved;
 pub mod process_table;

@@ -16,7 +16,9 @@ use std::{
 };
 
 use caisson_agent_api::SHARE_TAG;
-use caisson_vmm_spec::{Cause, Event, Fd, MemorySpec, MiB, Request, SPEC_FD, ShareSpec, VmSpec};
+use caisson_vmm_spec::{
+    Cause, Event, Fd, MemorySpec, MiB, NetworkSpec, Request, SPEC_FD, ShareSpec, VmSpec,
+};
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags},
     pipe::{PipeFlags, pipe_with},
@@ -24,6 +26,7 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
+    network::Plug,
     packet::{self, PacketError, Packets},
     spawn::{Child, spawn},
     text::one_line,
@@ -54,6 +57,10 @@ pub struct Machine<'a> {
     pub boot_deadline: Duration,
     /// The shared directory.
     pub share: OwnedFd,
+    /// The network interfaces that are there from the start, in the slots of their order.
+    pub networks: Vec<Plug>,
+    /// How many more there may be.
+    pub spare_networks: u8,
     /// Where the guest's whole kernel log goes, if anywhere.
     pub console: Option<OwnedFd>,
     /// A locked file that the VMM holds open and never uses: whoever gets its lock knows that the process is gone.
@@ -130,6 +137,7 @@ impl Vmm {
             source,
         })?;
         let mut files = Files::default();
+        let networks = machine.networks.into_iter();
         let spec = VmSpec {
             kvm: files.add(open("the KVM device", Path::new("/dev/kvm"), OFlags::RDWR)?),
             control: files.add(theirs),
@@ -146,7 +154,13 @@ impl Vmm {
                 tag: SHARE_TAG.to_owned(),
                 root: files.add(machine.share),
             }],
-            networks: Vec::new(),
+            networks: networks
+                .map(|plug| NetworkSpec {
+                    tap: files.add(plug.tap),
+                    mac: plug.mac,
+                })
+                .collect(),
+            spare_networks: machine.spare_networks,
             disks: Vec::new(),
             console: machine.console.map(|file| files.add(file)),
         };
@@ -172,9 +186,14 @@ impl Vmm {
         Ok(packet.map(|(event, fds): (Event, Vec<OwnedFd>)| (event, fds.into_iter().next())))
     }
 
-    /// Asks the VMM for something.
-    pub async fn request(&self, request: &Request) -> Result<(), VmmError> {
-        Ok(self.control.send(request, &[]).await?)
+    /// Asks the VMM for something, with a descriptor if it needs one.
+    pub async fn request(
+        &self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), VmmError> {
+        let fds: Vec<_> = fd.into_iter().collect();
+        Ok(self.control.send(request, &fds).await?)
     }
 
     /// Ends the process now, whatever it is doing.

@@ -55,6 +55,7 @@ fn main() -> Result<ExitCode> {
         boot_deadline_ms: option("deadline=").map_or(Ok(0), str::parse)?,
         shares: Vec::new(),
         networks: Vec::new(),
+        spare_networks: option("spare=").map_or(Ok(0), str::parse)?,
         disks: Vec::new(),
         console: None,
     };
@@ -72,7 +73,6 @@ fn main() -> Result<ExitCode> {
         spec.networks.push(NetworkSpec {
             tap: files.add(tap(name)?)?,
             mac: [2, 0, 0, 0, 0, 1],
-            mtu: 1500,
         });
     }
     if let Some(path) = option("disk=") {

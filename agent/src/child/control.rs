@@ -21,6 +21,8 @@ pub enum FromChild {
     Pid(i32),
     /// The terminal's master side is attached.
     Terminal,
+    /// Init is in its network namespace and waits for the network there.
+    Network,
     /// Init is set up and waits to be started.
     Ready,
     /// A step failed; the process ends.

@@ -43,11 +43,7 @@ pub(super) fn warnings(spec: &Spec) -> Vec<String> {
     .into_iter()
     .filter(|(_, label)| label.is_some_and(|label| !label.is_empty()))
     .map(|(field, _)| format!("{field} is not applied: the guest kernel has no SELinux"));
-    let network = network_path(spec).map(|path| {
-        let path = path.display();
-        format!("network namespace {path} is not connected: the container has loopback only")
-    });
-    labels.chain(network).collect()
+    labels.collect()
 }
 
 /// runc 1.1, `utils_linux.go`, `checkTerminal`.

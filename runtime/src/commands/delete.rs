@@ -73,7 +73,13 @@ pub(super) fn destroy(context: &Context, dir: StateDir) -> Result<(), CommandErr
     if let Some(path) = &state.cgroup {
         HostCgroup::at(path.clone()).remove()?;
     }
+    let network = crate::network::clear(dir.path());
     dir.remove()?;
+    if let Err(error) = network {
+        // Nobody else's business: the namespace is its maker's, and he removes it.
+        let text = format!("clear the network namespace: {error}");
+        context.log.warning(&text);
+    }
     if !lists.poststop.is_empty() {
         let told = hook_state(&state, Status::Stopped);
         for failure in hooks::run_all("poststop", &lists.poststop, &told, &state.bundle) {

@@ -27,6 +27,7 @@ use crate::{
     forwarded::Signals,
     guest_spec,
     log::{Log, LogError},
+    network::{Network, NetworkError},
     packet::{PacketError, Packets},
     preserved,
     sandbox::{BootError, CreateRequest, Sandbox, SandboxError, Wanted},
@@ -55,6 +56,8 @@ pub(super) enum CreateError {
     Share(#[from] ShareError),
     #[error(transparent)]
     Start(#[from] StartError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error("unable to start container process")]
@@ -142,6 +145,8 @@ pub(super) async fn create(
     let id = order.id.as_str();
     let (mut guest, host_files) = guest_spec::split(id, &bundle.path, bundle.spec.clone());
     share::enter_private_namespace()?;
+    let mut network = Network::enter(bundle.network_path(), dir.path())?;
+    let plugs = network.boot(config.spare_interfaces)?;
     let share = Share::make(&dir.path().join("share"))?;
     share.add(id, &host_files)?;
     let signals = Signals::catch().map_err(|source| CreateError::Host {
@@ -155,12 +160,14 @@ pub(super) async fn create(
         size,
         share: &share,
         cgroup: &cgroup,
+        networks: plugs,
+        spare_networks: network.spare(),
     }
     .start()?;
     let joining = Joining::begin(&cgroup)?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
-    let request = CreateRequest {
+    let mut request = CreateRequest {
         spec: serde_json::to_vec(&guest).map_err(CreateError::Spec)?,
         bundle: bundle.path.to_string_lossy().into_owned(),
         wanted: Wanted::all(
@@ -168,6 +175,7 @@ pub(super) async fn create(
             // As many as a packet carries at most.
             u32::try_from(streams.preserved.len()).unwrap_or(0),
         ),
+        network: Default::default(),
     };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
     let inside = joining.finish()?;
@@ -177,6 +185,14 @@ pub(super) async fn create(
             report.send(&Report::Hooks, &[]).await?;
             go(report).await?;
         }
+        // Engines connect the namespace before, hooks just now.
+        if let Some(change) = network.change()? {
+            unless_abandoned(report, change.plug(&sandbox)).await??;
+        }
+        for complaint in network.complaints() {
+            report.send(&Report::Warning(complaint), &[]).await?;
+        }
+        request.network = network.whole();
         let set_up = set_up(&sandbox, id, request, streams);
         let flowing = unless_abandoned(report, set_up).await??;
         share.seal(id, &host_files)?;
@@ -200,6 +216,7 @@ pub(super) async fn create(
             Ok(Live {
                 sandbox,
                 record,
+                network,
                 listener,
                 progress: flowing.progress,
                 preserved: flowing.preserved,

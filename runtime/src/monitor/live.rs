@@ -21,6 +21,7 @@ use crate::{
     control::Listener,
     forwarded::{Signals, WINDOW_CHANGE},
     log::Log,
+    network::{Follower, Network, follow},
     packet::Packets,
     sandbox::{Exit, INIT, LOST, Sandbox, SandboxError},
     share::Share,
@@ -37,6 +38,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 pub(super) struct Live {
     pub(super) sandbox: Sandbox,
     pub(super) record: Record,
+    /// Parted from the host's interfaces when dropped.
+    pub(super) network: Network,
     pub(super) listener: Listener,
     /// Standard output and standard error.
     pub(super) progress: [Option<Progress>; 2],
@@ -157,6 +160,7 @@ impl Live {
         let Self {
             sandbox,
             record,
+            network,
             listener,
             progress,
             preserved,
@@ -167,19 +171,30 @@ impl Live {
         } = self;
         let id = record.id();
         let mut answering = JoinSet::new();
+        let (follower, askers) = Follower::new();
+        let complain = |text: &str| {
+            if let Some(log) = &log {
+                log.warning(text);
+            }
+        };
+        let following = follow(network, askers, sandbox.clone(), id.clone(), complain);
+        let mut following = Box::pin(following);
         let end = end_of(&sandbox, &id, progress, preserved);
         tokio::pin!(end);
         let (status, lost) = loop {
             tokio::select! {
                 ended = &mut end => break ended,
                 accepted = listener.accept() => if let Ok(connection) = accepted {
-                    answering.spawn(serve::connection(connection, sandbox.clone(), record.clone()));
+                    let (sandbox, record) = (sandbox.clone(), record.clone());
+                    answering.spawn(serve::connection(connection, sandbox, record, follower.clone()));
                 },
                 number = signals.next() => {
                     let size = terminal.as_ref().and_then(|fd| terminal::size(fd.as_fd()));
                     tokio::spawn(pass_on(sandbox.clone(), id.clone(), number, size));
                 }
                 Some(_) = answering.join_next() => {}
+                // Never ends by itself.
+                () = &mut following => {}
             }
         };
         if let Some(how) = lost {
@@ -196,6 +211,7 @@ impl Live {
             while answering.join_next().await.is_some() {}
         })
         .await;
+        drop(following);
         drop(share);
         if let Some(terminal) = &terminal {
             terminal::release(terminal.as_fd());

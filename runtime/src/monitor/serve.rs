@@ -8,6 +8,7 @@ use super::live::Record;
 use crate::{
     control::{Answer, ControlError, Request, attached, read_attached},
     error,
+    network::Follower,
     packet::Packets,
     process_table::Table,
     sandbox::{
@@ -21,7 +22,12 @@ use crate::{
 const MOST_KILLS: u64 = 1000;
 
 /// Answers a command, and follows an `exec` to its end.
-pub(super) async fn connection(packets: Packets, sandbox: Sandbox, record: Record) {
+pub(super) async fn connection(
+    packets: Packets,
+    sandbox: Sandbox,
+    record: Record,
+    network: Follower,
+) {
     // A command that hangs up or cannot speak is not answered.
     let Ok(Some((request, fds))) = packets.receive::<Request>().await else {
         return;
@@ -41,7 +47,11 @@ pub(super) async fn connection(packets: Packets, sandbox: Sandbox, record: Recor
             });
             return exec(packets, sandbox, &record, request).await;
         }
-        Request::Start => sandbox.start(&id).await.map(|()| Some(Status::Running)),
+        Request::Start => {
+            // Engines connect a created container's namespace, then start it.
+            network.settled().await;
+            sandbox.start(&id).await.map(|()| Some(Status::Running))
+        }
         Request::Pause => sandbox.pause(&id).await.map(|()| Some(Status::Paused)),
         // Created, if it has not been started yet.
         Request::Resume => match sandbox.resume(&id).await {

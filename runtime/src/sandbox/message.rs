@@ -1,6 +1,9 @@
 //! What reaches the owner of a sandbox: requests of its handles, and what its own tasks bring back.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+
+use caisson_agent_api::Network;
 
 use super::{CreateRequest, Event, ExecRequest, Exit, Reply, SandboxError, Started, Status};
 use crate::{agent::AgentError, process_table::Table, stats::Stats};
@@ -46,6 +49,21 @@ pub(super) enum Message {
     Freeze {
         id: String,
         event: Event,
+        reply: Reply<()>,
+    },
+    Plug {
+        slot: u8,
+        mac: [u8; 6],
+        tap: OwnedFd,
+        reply: Reply<()>,
+    },
+    Unplug {
+        slot: u8,
+        reply: Reply<()>,
+    },
+    UpdateNetwork {
+        id: String,
+        network: Network,
         reply: Reply<()>,
     },
     Processes {

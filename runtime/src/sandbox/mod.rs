@@ -19,6 +19,7 @@ mod status;
 
 use std::os::fd::OwnedFd;
 
+use caisson_agent_api::Network;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::{
@@ -132,6 +133,8 @@ pub struct CreateRequest {
     pub bundle: String,
     /// The streams of its init.
     pub wanted: Wanted,
+    /// Its network, beyond loopback.
+    pub network: Network,
 }
 
 /// One more process for a container.
@@ -244,6 +247,29 @@ impl Sandbox {
             reply,
         })
         .await
+    }
+
+    /// Plugs a tap into a free slot for network interfaces; answers when the guest may look for it.
+    pub async fn plug(&self, slot: u8, mac: [u8; 6], tap: OwnedFd) -> Result<(), SandboxError> {
+        self.ask(|reply| Message::Plug {
+            slot,
+            mac,
+            tap,
+            reply,
+        })
+        .await
+    }
+
+    /// Takes a network interface away from the guest.
+    pub async fn unplug(&self, slot: u8) -> Result<(), SandboxError> {
+        self.ask(|reply| Message::Unplug { slot, reply }).await
+    }
+
+    /// Has a container's network follow a change.
+    pub async fn update_network(&self, id: &str, network: Network) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::UpdateNetwork { id, network, reply })
+            .await
     }
 
     /// The pids of a container's processes, in the guest.

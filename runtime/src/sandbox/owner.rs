@@ -7,7 +7,13 @@
 //! While all containers are paused and no call needs the guest, the vCPUs stand still (`Owner::balance`).
 //! Not here: the table of states (`status.rs`), who waits for what (`container.rs`), streams before they are connected (`ports.rs`).
 
-use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
 
 use caisson_vmm_spec::{Cause, Event as VmEvent, Request};
 use tokio::{
@@ -40,6 +46,8 @@ const AFTER_AGENT: Duration = Duration::from_secs(3);
 struct Owner {
     agent: Agent,
     ports: Ports,
+    /// Who waits for the VMM to have changed the interface in a slot.
+    plugging: HashMap<u8, Reply<()>>,
     containers: HashMap<String, Container>,
     outbox: mpsc::WeakSender<Message>,
     /// Cloned for every call that needs the guest to run.
@@ -85,6 +93,7 @@ pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
     let owner = Owner {
         agent,
         ports: Ports::default(),
+        plugging: HashMap::new(),
         containers: HashMap::new(),
         outbox: outbox.downgrade(),
         busy: Busy::default(),
@@ -111,6 +120,11 @@ impl Owner {
                 event = vmm.event() => match event {
                     Ok(Some((VmEvent::Accepted { port }, Some(stream)))) => {
                         self.ports.arrive(port, stream);
+                    }
+                    Ok(Some((VmEvent::Plugged { slot } | VmEvent::Unplugged { slot }, _))) => {
+                        if let Some(reply) = self.plugging.remove(&slot) {
+                            answer(reply, Ok(()));
+                        }
                     }
                     Ok(Some((VmEvent::Ended { cause, message, console }, _))) => {
                         break Last::Reported(Ended::reported(cause, &message, &console));
@@ -214,6 +228,25 @@ impl Owner {
                 resources,
                 reply,
             } => self.update(id, resources, reply),
+            Message::Plug {
+                slot,
+                mac,
+                tap,
+                reply,
+            } => {
+                self.plugging.insert(slot, reply);
+                vm_request(vmm, &Request::Plug { slot, mac }, Some(tap.as_fd())).await;
+            }
+            Message::Unplug { slot, reply } => {
+                self.plugging.insert(slot, reply);
+                vm_request(vmm, &Request::Unplug { slot }, None).await;
+            }
+            Message::UpdateNetwork { id, network, reply } => {
+                let agent = self.agent.clone();
+                self.call(reply, async move {
+                    Ok(agent.update_network(&id, network).await?)
+                });
+            }
             Message::Status { id, reply } => {
                 let status = self.container(&id).map(Container::status);
                 answer(reply, status);
@@ -221,8 +254,7 @@ impl Owner {
             Message::Delete { id, reply } => self.delete(id, reply),
             Message::Stop => {
                 self.end(ended(Cause::PowerOff, "it was stopped"), LAST_BREATH);
-                // If the VMM no longer listens it is gone or hung; the deadline covers both.
-                let _ = tokio::time::timeout(LAST_BREATH, vmm.request(&Request::Stop)).await;
+                vm_request(vmm, &Request::Stop, None).await;
             }
             Message::Done(done, busy) => {
                 drop(busy);
@@ -244,7 +276,7 @@ impl Owner {
         } else {
             Request::Resume
         };
-        let sent = tokio::time::timeout(LAST_BREATH, vmm.request(&request)).await;
+        let sent = tokio::time::timeout(LAST_BREATH, vmm.request(&request, None)).await;
         if !matches!(sent, Ok(Ok(()))) {
             // It is gone, which its socket will say, or hung.
             let why = ended(Cause::HostError, "the VMM does not listen");
@@ -280,7 +312,7 @@ impl Owner {
         self.task(async move {
             let result = async {
                 let pid = agent
-                    .create(&id, request.spec, &request.bundle, &ports)
+                    .create(&id, request.spec, &request.bundle, &ports, request.network)
                     .await?;
                 Ok(Started {
                     pid,
@@ -593,6 +625,11 @@ impl Owner {
             .get(id)
             .ok_or(SandboxError::NotFound("container"))
     }
+}
+
+/// Asks the VMM. If it no longer listens it is gone or hung: its end is noticed elsewhere.
+async fn vm_request(vmm: &Vmm, request: &Request, fd: Option<BorrowedFd<'_>>) {
+    let _ = tokio::time::timeout(LAST_BREATH, vmm.request(request, fd)).await;
 }
 
 async fn until(deadline: Option<Instant>) {

@@ -15,6 +15,7 @@ use crate::{
     cgroup::CgroupError,
     config::ConfigError,
     hooks::HookError,
+    network::NetworkError,
     sandbox::{BootError, SandboxError},
     share::ShareError,
     sizing::SizingError,
@@ -52,6 +53,8 @@ pub(super) enum TaskError {
     Sizing(#[from] SizingError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]

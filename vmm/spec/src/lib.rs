@@ -19,6 +19,13 @@ pub const MAX_PACKET_BYTES: usize = 64 << 10;
 /// The context identifier of every guest. Connections are carried over Unix sockets, so identifiers cannot collide.
 pub const GUEST_CID: u64 = 3;
 
+/// How many devices come before the first network interface: number `n` of the interfaces is device
+/// `NETWORK_DEVICES_FROM + n` of the guest (`virtio-mmio.<number>`).
+pub const NETWORK_DEVICES_FROM: u32 = 3;
+
+/// The most network interfaces, spare ones included.
+pub const MAX_NETWORKS: usize = 16;
+
 /// An open file descriptor that the VMM inherits, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -64,6 +71,10 @@ pub struct VmSpec {
     /// Network interfaces, each a virtio-net device.
     #[serde(default)]
     pub networks: Vec<NetworkSpec>,
+    /// How many more interfaces may be plugged in while the guest runs ([`Request::Plug`]). Until then each is a device
+    /// of no kind.
+    #[serde(default)]
+    pub spare_networks: u8,
     /// Disks, each a virtio-blk device.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
@@ -101,8 +112,6 @@ pub struct NetworkSpec {
     pub tap: Fd,
     /// The guest's MAC address.
     pub mac: [u8; 6],
-    /// Largest packet the guest may send, in bytes, without the Ethernet header.
-    pub mtu: u16,
 }
 
 /// A disk backed by a file or a block device.
@@ -126,6 +135,19 @@ pub enum Request {
         /// The guest's port.
         port: u32,
     },
+    /// Connect network interface `slot`, which nothing is connected to, with the attached tap (as in
+    /// [`NetworkSpec::tap`]). Answered by [`Event::Plugged`]; only then may the guest's driver look for it.
+    Plug {
+        /// Counted from 0, over [`VmSpec::networks`] and then the spare ones.
+        slot: u8,
+        /// The guest's MAC address.
+        mac: [u8; 6],
+    },
+    /// Take network interface `slot` away from the guest and close its tap. Answered by [`Event::Unplugged`].
+    Unplug {
+        /// As in [`Request::Plug`].
+        slot: u8,
+    },
     /// Stop all vCPUs; answered by [`Event::Paused`].
     Pause,
     /// Let all vCPUs run again; answered by [`Event::Resumed`].
@@ -145,6 +167,16 @@ pub enum Event {
     Accepted {
         /// The host's port that the guest named.
         port: u32,
+    },
+    /// The interface is there.
+    Plugged {
+        /// Which.
+        slot: u8,
+    },
+    /// The interface is gone.
+    Unplugged {
+        /// Which.
+        slot: u8,
     },
     /// All vCPUs are stopped.
     Paused,

@@ -20,6 +20,7 @@ pub(super) struct Files {
 /// The devices that the spec asks for, each with its file.
 pub(super) struct DeviceFiles {
     pub(super) networks: Vec<(NetworkSpec, OwnedFd)>,
+    pub(super) spare_networks: u8,
     pub(super) disks: Vec<(DiskSpec, File)>,
     pub(super) shares: Vec<(ShareSpec, OwnedFd)>,
 }
@@ -27,7 +28,10 @@ pub(super) struct DeviceFiles {
 impl DeviceFiles {
     /// The number of devices.
     pub(super) fn count(&self) -> usize {
-        self.networks.len() + self.disks.len() + self.shares.len()
+        self.networks.len()
+            + usize::from(self.spare_networks)
+            + self.disks.len()
+            + self.shares.len()
     }
 }
 
@@ -63,6 +67,7 @@ impl Files {
             console: console.map(File::from),
             devices: DeviceFiles {
                 networks,
+                spare_networks: spec.spare_networks,
                 disks,
                 shares,
             },

@@ -23,6 +23,7 @@ use crate::bus::{Bus, Router};
 use crate::console::{self, Console, SharedTail};
 use crate::control::Control;
 use crate::counters::Counters;
+use crate::devices::net::Port;
 use crate::devices::vsock::Dials;
 use crate::ending::{End, Ending};
 use crate::fds::{self, FdError, Inherited};
@@ -89,6 +90,8 @@ struct Machine {
     vcpus: Vcpus,
     ending: Arc<Ending>,
     counters: Counters,
+    bus: Arc<Bus>,
+    ports: Vec<Arc<Port>>,
     dials: Arc<Dials>,
     tail: SharedTail,
     link: Arc<OwnerLink>,
@@ -163,7 +166,7 @@ fn start(
 
     let mut rack = Rack::new(&vm, &mem, &ending, &counters, files.devices.count())?;
     let dials = rack.add_common(&link)?;
-    rack.add_configured(files.devices)?;
+    let ports = rack.add_configured(files.devices)?;
     let devices = rack.start()?;
 
     let mut interrupts = rack::interrupts(devices.len());
@@ -189,7 +192,7 @@ fn start(
     });
     let bus = Arc::new(Bus::new(console, devices, ioapic, wiring));
     let surroundings = Surroundings {
-        bus,
+        bus: bus.clone(),
         ending: ending.clone(),
         tail: tail.clone(),
     };
@@ -201,6 +204,8 @@ fn start(
         vcpus,
         ending,
         counters,
+        bus,
+        ports,
         dials,
         tail,
         link,

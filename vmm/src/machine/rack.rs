@@ -1,6 +1,7 @@
 //! Puts the devices together: each gets a slot on the bus, an interrupt, a worker thread.
 //!
-//! Slots are given in order: the three that every VM has, then networks, disks and shares in the spec's order. Shares
+//! Slots are given in order: the three that every VM has, then networks, spare ones included, disks and shares in the
+//! spec's order. Shares
 //! get a thread each, because they wait for the host's file system; all others share one.
 
 use std::error::Error;
@@ -9,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use caisson_vmm_spec::Event;
+use caisson_vmm_spec::{Event, MAX_NETWORKS, NETWORK_DEVICES_FROM};
 
 use super::files::DeviceFiles;
 use super::{SetupError, host};
@@ -20,7 +21,7 @@ use crate::counters::Counters;
 use crate::devices::balloon::Balloon;
 use crate::devices::block::Block;
 use crate::devices::fs::Fs;
-use crate::devices::net::Net;
+use crate::devices::net::{Net, Port};
 use crate::devices::rng::Rng;
 use crate::devices::vsock::muxer::Owner;
 use crate::devices::vsock::{Dials, Vsock};
@@ -134,10 +135,18 @@ impl<'a> Rack<'a> {
     }
 
     /// The devices that the spec asks for.
-    pub(super) fn add_configured(&mut self, files: DeviceFiles) -> Result<(), SetupError> {
-        for (index, (spec, tap)) in files.networks.into_iter().enumerate() {
-            let name = format!("net{index}");
-            let net = Net::new(&name, tap, spec.mac, spec.mtu, self.mem, self.counters);
+    /// Returns what the network interfaces are plugged into.
+    pub(super) fn add_configured(
+        &mut self,
+        files: DeviceFiles,
+    ) -> Result<Vec<Arc<Port>>, SetupError> {
+        let ports = networks(files.networks.len(), usize::from(files.spare_networks))?;
+        for (port, (spec, tap)) in ports.iter().zip(files.networks) {
+            port.plug(tap, spec.mac);
+        }
+        debug_assert_eq!(self.transports.len(), NETWORK_DEVICES_FROM as usize);
+        for (index, port) in ports.iter().enumerate() {
+            let net = Net::new(&format!("net{index}"), port, self.mem, self.counters);
             self.add(Box::new(net))?;
         }
         for (index, (spec, file)) in files.disks.into_iter().enumerate() {
@@ -156,7 +165,7 @@ impl<'a> Rack<'a> {
             self.transports.push(worker.attach(fs, link));
             self.shares.push(worker);
         }
-        Ok(())
+        Ok(ports)
     }
 
     fn add(&mut self, device: Box<dyn Device>) -> Result<(), SetupError> {
@@ -176,6 +185,13 @@ impl<'a> Rack<'a> {
         }
         Ok(self.transports)
     }
+}
+
+fn networks(plugged: usize, spare: usize) -> Result<Vec<Arc<Port>>, SetupError> {
+    if plugged + spare > MAX_NETWORKS {
+        return Err(SetupError::Value("more than 16 network interfaces"));
+    }
+    Ok((0..plugged + spare).map(|_| Arc::default()).collect())
 }
 
 /// The wires of the device in `slot`.

@@ -1,15 +1,18 @@
 //! The main thread once the guest runs: the owner's requests, the boot deadline, the end.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use caisson_vmm_spec::{Cause, Event, Request};
+use caisson_vmm_spec::{Cause, Event, NETWORK_DEVICES_FROM, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Machine, one_line};
 use crate::control::{Control, ControlError, Heard};
+use crate::devices::net::{Port, VIRTIO_ID_NET};
 use crate::ending::End;
+use crate::virtio::transport::Transport;
 
 fn stopped(message: &str) -> End {
     End {
@@ -79,7 +82,7 @@ impl Machine {
             Ok(Heard::Closed) => Some(stopped("the owner is gone")),
             Ok(Heard::Request(Request::Stop, _)) => Some(stopped("stopped by its owner")),
             Ok(Heard::Request(request, fd)) => {
-                self.obey(request, fd.map(UnixStream::from), control);
+                self.obey(request, fd, control);
                 None
             }
             Err(error @ ControlError::Receive(_)) => Some(End {
@@ -93,14 +96,30 @@ impl Machine {
         }
     }
 
-    fn obey(&self, request: Request, socket: Option<UnixStream>, control: &Control) {
+    fn obey(&self, request: Request, fd: Option<OwnedFd>, control: &Control) {
         let answer = match request {
             Request::Connect { port } => {
                 // Without a socket there is nothing to connect.
-                if let Some(socket) = socket {
-                    self.dials.push(port, socket);
+                if let Some(socket) = fd {
+                    self.dials.push(port, UnixStream::from(socket));
                 }
                 return;
+            }
+            Request::Plug { slot, mac } => {
+                if let (Some(tap), Some((port, device))) = (fd, self.network(slot))
+                    && port.plug(tap, mac)
+                {
+                    device.replace(VIRTIO_ID_NET);
+                }
+                Event::Plugged { slot }
+            }
+            Request::Unplug { slot } => {
+                if let Some((port, device)) = self.network(slot) {
+                    // In this order: a driver that starts anew in between finds nothing.
+                    port.unplug();
+                    device.replace(0);
+                }
+                Event::Unplugged { slot }
             }
             Request::Pause => {
                 self.vcpus.pause();
@@ -117,5 +136,11 @@ impl Machine {
         };
         // An owner that does not read its answers has itself to blame.
         let _ = control.send(&answer, None);
+    }
+
+    fn network(&self, slot: u8) -> Option<(&Port, &Transport)> {
+        let port = self.ports.get(usize::from(slot))?;
+        let device = NETWORK_DEVICES_FROM as usize + usize::from(slot);
+        Some((port, self.bus.devices().get(device)?))
     }
 }

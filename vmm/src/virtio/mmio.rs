@@ -101,6 +101,14 @@ impl Registers {
         }
     }
 
+    /// Makes it a device of another kind, as after power-on; 0 is no device. Says whether it was active.
+    pub fn replace(&mut self, id: u32) -> bool {
+        let was_active = self.state.status & DRIVER_OK != 0;
+        self.id = id;
+        self.state = fresh(&self.queue_max);
+        was_active
+    }
+
     /// What the driver has set so far.
     pub fn state(&self) -> &RegisterState {
         &self.state

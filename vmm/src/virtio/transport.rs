@@ -83,6 +83,20 @@ impl Transport {
         }
     }
 
+    /// Makes it a device of another kind (0: of none). If a driver is using it, it has stopped when this returns.
+    pub fn replace(&self, id: u32) {
+        let mut registers = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if registers.replace(id) {
+            self.mailbox.reset(self.slot);
+        }
+        self.link.line.reset();
+        registers.show(self.link.page);
+        self.link.line.show_status(registers.state().status);
+    }
+
     fn write_register(&self, offset: u32, data: &[u8]) {
         let mut registers = self
             .registers

@@ -19,6 +19,7 @@ use crate::{
     config::Config,
     guest_spec::{self, HostFiles},
     monitor::HostHooks,
+    network::{Connections, Following, Network, follow_in_background},
     sandbox::{CreateRequest, INIT, Sandbox},
     share::Share,
     shim::{
@@ -47,6 +48,8 @@ pub(crate) struct Pod {
     holder: u32,
     /// The first container's bundle, locked: whoever gets the lock knows that this server is gone.
     _lock: File,
+    /// Follows the host's network; parted from it when dropped.
+    _network: Option<Following>,
 }
 
 impl Pod {
@@ -129,6 +132,11 @@ impl Tasks {
         let (guest, files) = guest_spec::split(id.as_str(), &bundle.path, spec);
         let share = Share::make(&bundle.path.join("share"))?;
         share.add(id.as_str(), &files)?;
+        let (mut network, mut networks) = (None, Vec::new());
+        if let Some(path) = bundle.network_path() {
+            let network = network.insert(Network::beside(path, &bundle.path)?);
+            networks = network.boot(config.spare_interfaces)?;
+        }
         let booting = Boot {
             dir: &bundle.path,
             config,
@@ -136,22 +144,25 @@ impl Tasks {
             size,
             share: &share,
             cgroup: &cgroup,
+            networks,
+            spare_networks: network.as_ref().map_or(0, Network::spare),
         }
         .start()?;
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
         let sandbox = booting.ready().await?.spawn();
+        let connected = network.as_ref().map(Network::whole).unwrap_or_default();
         match wanted
-            .set_up(init, &sandbox, &share, (guest, files), streams)
+            .set_up(init, &sandbox, &share, (guest, files), streams, connected)
             .await
         {
             Ok(Created { flowing, guest_pid }) => {
+                let follow = |network| follow_in_background(network, &sandbox, id.as_str());
+                let following = network.map(follow);
                 let pod = Pod {
                     id: id.to_string(),
                     sandbox,
                     share,
                     cgroup: cgroup.keep(),
-                    holder: guest_pid,
-                    _lock: lock,
                 };
                 Ok((pod, flowing))
             }
@@ -179,7 +190,14 @@ impl Tasks {
             shared?;
             let streams = wanted.paths.open(&self.namespace, id.as_str())?;
             wanted
-                .set_up(init, &pod.sandbox, &pod.share, (guest, files), streams)
+                .set_up(
+                    init,
+                    &pod.sandbox,
+                    &pod.share,
+                    (guest, files),
+                    streams,
+                    Connections::default(),
+                )
                 .await
         };
         match created.await {
@@ -254,6 +272,7 @@ impl Wanted {
         share: &Share,
         (guest, files): (Spec, HostFiles),
         mut streams: Files,
+        network: Connections,
     ) -> Result<Created, TaskError> {
         self.hooks.before_creation().await?;
         let id = self.id.as_str();
@@ -261,6 +280,7 @@ impl Wanted {
             spec: serde_json::to_vec(&guest).map_err(TaskError::Spec)?,
             bundle: self.bundle.path.to_string_lossy().into_owned(),
             wanted: streams.wanted(self.paths.terminal),
+            network,
         };
         let started = sandbox.create(id, request).await?;
         init.hold_input(streams.keeper.take());

@@ -4,26 +4,30 @@
 //! |---|---|
 //! | `receive.rs` | packets from the tap into the guest's buffers |
 //! | `transmit.rs` | packets of the guest to the tap |
+//! | `port.rs` | what the interface is connected to, plugged and unplugged while the guest runs |
 //! | `tap.rs` | what the tap is told: header size, offloads (`unsafe`) |
 //!
 //! Contract: a packet moves with one system call between tap and guest memory, with its virtio header, which the tap
 //! speaks too; we read nothing of it. Checksums and TCP segmentation are left undone between guest and host where both
 //! can (CSUM, TSO4, TSO6 in both directions; the host's kernel checks the headers that the guest writes). Bounded work
 //! per call: [`receive::PACKETS_PER_EVENT`] packets in, a queue's turn out. A tap that is gone (its namespace was
-//! removed) loses packets and nothing else.
+//! removed) loses packets and nothing else. The guest's agent sets the MTU, which follows the host's: it is not offered as
+//! a feature, because a driver takes that for the largest one ever.
 //! Seam: a filter on source addresses belongs into `transmit.rs`, on a private copy of the packet's head.
 //! Spec: virtio 1.2, 5.1.
 
+mod port;
 mod receive;
 mod tap;
 mod transmit;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 use vmm_sys_util::epoll::EventSet;
 
@@ -31,9 +35,11 @@ use crate::counters::{Counter, Counters};
 use crate::memory::Mem;
 use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, Io};
 
+pub use port::Port;
 use receive::{Receiver, Stop};
 
-const VIRTIO_ID_NET: u32 = 1;
+/// The device's kind while something is plugged in.
+pub const VIRTIO_ID_NET: u32 = 1;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
@@ -53,7 +59,6 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_HOST_TSO6
     | 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_MRG_RXBUF
-    | 1 << VIRTIO_NET_F_MTU
     | 1 << VIRTIO_NET_F_STATUS;
 
 /// How many packets went which way.
@@ -78,39 +83,33 @@ enum Watched {
 /// A network interface.
 pub struct Net {
     name: String,
+    port: Arc<Port>,
     config: ConfigSpace,
-    tap: OwnedFd,
-    mtu: u16,
     mem: Mem,
     traffic: Traffic,
-    /// There while the device is active.
+    /// There while the device is active and something is plugged in.
+    tap: Option<Arc<OwnedFd>>,
+    /// There with the tap.
     receiver: Option<Receiver>,
     watched: Watched,
     chain: Chain,
 }
 
 impl Net {
-    /// An interface with that MAC address and MTU on `tap`, which is attached, non-blocking, and has `IFF_VNET_HDR`.
-    pub fn new(
-        name: &str,
-        tap: OwnedFd,
-        mac: [u8; 6],
-        mtu: u16,
-        mem: &Mem,
-        counters: &Counters,
-    ) -> Self {
+    /// An interface on whatever is plugged into `port`.
+    pub fn new(name: &str, port: &Arc<Port>, mem: &Mem, counters: &Counters) -> Self {
         let counter = |what: &str| counters.register(format!("{name}.{what}"));
         Self {
             name: name.into(),
-            config: ConfigSpace::read_only(config_space(mac, mtu)),
-            tap,
-            mtu,
+            port: port.clone(),
+            config: port.config().clone(),
             mem: mem.clone(),
             traffic: Traffic {
                 received: counter("received"),
                 sent: counter("sent"),
                 dropped: counter("dropped"),
             },
+            tap: None,
             receiver: None,
             watched: Watched::Gone,
             chain: Chain::new(mem),
@@ -119,10 +118,12 @@ impl Net {
 
     /// Moves packets into the guest until the tap is empty, the guest's buffers are, or it is another's turn.
     fn receive(&mut self, io: &mut Io) -> Result<(), DeviceError> {
-        let (Some(receiver), Some(queue)) = (&mut self.receiver, io.queues.get_mut(RECEIVE)) else {
+        let (Some(receiver), Some(tap), Some(queue)) =
+            (&mut self.receiver, &self.tap, io.queues.get_mut(RECEIVE))
+        else {
             return Ok(());
         };
-        let wanted = match receiver.run(queue, self.tap.as_fd())? {
+        let wanted = match receiver.run(queue, tap.as_fd())? {
             Stop::TapEmpty | Stop::Turn => Watched::Yes,
             Stop::NoBuffers => Watched::Paused,
             Stop::TapGone => Watched::Gone,
@@ -131,6 +132,9 @@ impl Net {
     }
 
     fn watch(&mut self, wanted: Watched, io: &Io) -> Result<(), DeviceError> {
+        let Some(tap) = &self.tap else {
+            return Ok(());
+        };
         if self.watched == wanted {
             return Ok(());
         }
@@ -139,11 +143,11 @@ impl Net {
             Watched::Yes => EventSet::IN,
             Watched::Paused => EventSet::empty(),
             Watched::Gone => {
-                io.watch.remove(self.tap.as_fd());
+                io.watch.remove(tap.as_fd());
                 return Ok(());
             }
         };
-        let changed = io.watch.modify(self.tap.as_fd(), TAP, events);
+        let changed = io.watch.modify(tap.as_fd(), TAP, events);
         changed.map_err(|source| DeviceError::Host {
             step: "watch the tap",
             source,
@@ -151,12 +155,10 @@ impl Net {
     }
 }
 
-/// `struct virtio_net_config`: mac, status, max_virtqueue_pairs, mtu.
-fn config_space(mac: [u8; 6], mtu: u16) -> Vec<u8> {
-    let mut bytes = mac.to_vec();
-    bytes.extend([VIRTIO_NET_S_LINK_UP.to_le_bytes()[0], 0, 1, 0]);
-    bytes.extend(mtu.to_le_bytes());
-    bytes
+/// `struct virtio_net_config`, as far as the features go: mac, status.
+fn config_space(mac: [u8; 6]) -> [u8; 8] {
+    let [a, b, c, d, e, f] = mac;
+    [a, b, c, d, e, f, VIRTIO_NET_S_LINK_UP.to_le_bytes()[0], 0]
 }
 
 impl Device for Net {
@@ -165,7 +167,11 @@ impl Device for Net {
     }
 
     fn id(&self) -> u32 {
-        VIRTIO_ID_NET
+        if self.port.is_plugged() {
+            VIRTIO_ID_NET
+        } else {
+            0
+        }
     }
 
     fn features(&self) -> u64 {
@@ -183,20 +189,21 @@ impl Device for Net {
     fn activate(&mut self, io: &mut Io) -> Result<(), DeviceError> {
         let host = |step| move |source| DeviceError::Host { step, source };
         let has = |feature: u32| io.features & 1 << feature != 0;
-        tap::set_up(self.tap.as_fd(), tap::offloads(io.features))
-            .map_err(host("set up the tap"))?;
-        let segments = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
-        // Ethernet and a VLAN tag around the MTU; a tap's own MTU may be the larger one.
-        let frame = usize::from(self.mtu).max(1500) + 18;
+        // A guest may use a device of no kind; it gets no packets.
+        let Some(tap) = self.port.tap() else {
+            return Ok(());
+        };
+        tap::set_up(tap.as_fd(), tap::offloads(io.features)).map_err(host("set up the tap"))?;
         self.receiver = Some(Receiver::new(
             &self.mem,
-            HEADER_BYTES + if segments { LARGEST_BYTES } else { frame },
+            HEADER_BYTES + LARGEST_BYTES,
             has(VIRTIO_NET_F_MRG_RXBUF),
             self.traffic.received.clone(),
         ));
         self.watched = Watched::Yes;
+        let tap = self.tap.insert(tap);
         io.watch
-            .add(self.tap.as_fd(), TAP, EventSet::IN)
+            .add(tap.as_fd(), TAP, EventSet::IN)
             .map_err(host("watch the tap"))
     }
 
@@ -212,7 +219,8 @@ impl Device for Net {
             return Ok(());
         };
         while queue.pop(&mut self.chain)? {
-            let counter = if transmit::send(&self.chain, self.tap.as_fd()) {
+            let tap = self.tap.as_ref();
+            let counter = if tap.is_some_and(|tap| transmit::send(&self.chain, tap.as_fd())) {
                 &self.traffic.sent
             } else {
                 &self.traffic.dropped
@@ -231,7 +239,9 @@ impl Device for Net {
     }
 
     fn reset(&mut self, io: &mut Io) {
-        io.watch.remove(self.tap.as_fd());
+        if let Some(tap) = self.tap.take() {
+            io.watch.remove(tap.as_fd());
+        }
         self.watched = Watched::Gone;
         self.receiver = None;
     }

@@ -1,0 +1,155 @@
+//! The guest follows the host's network for as long as the container lives.
+
+use std::os::fd::AsFd;
+
+use caisson_agent_api as api;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+
+use super::{Change, Network, NetworkError, Plug};
+use crate::{
+    error::message,
+    sandbox::{Sandbox, SandboxError},
+    watched::watch,
+};
+
+/// How many commands may wait for a settled network at once.
+const ASKERS: usize = 16;
+
+/// For those who must know that the guest has all that was set on the host before; clones ask the same.
+#[derive(Debug, Clone)]
+pub struct Follower(mpsc::Sender<oneshot::Sender<()>>);
+
+/// The other end, for [`follow`].
+#[derive(Debug)]
+pub struct Askers(mpsc::Receiver<oneshot::Sender<()>>);
+
+impl Follower {
+    /// A follower that nobody serves yet.
+    pub fn new() -> (Self, Askers) {
+        let (sender, receiver) = mpsc::channel(ASKERS);
+        (Self(sender), Askers(receiver))
+    }
+
+    /// Waits until the guest has followed every change that was made before this call.
+    pub async fn settled(&self) {
+        let (reply, done) = oneshot::channel();
+        // Without a follower the container is ending, and needs no network.
+        if self.0.send(reply).await.is_ok() {
+            let _ = done.await;
+        }
+    }
+}
+
+/// Follows changes until it is dropped, and then takes everything apart that was made on the host. What cannot be done
+/// is told to `complain`.
+pub async fn follow(
+    mut network: Network,
+    mut askers: Askers,
+    sandbox: Sandbox,
+    id: String,
+    complain: impl Fn(&str),
+) {
+    let changes = match network.watch() {
+        Ok(changes) => changes,
+        Err(error) => {
+            complain(&message(&error));
+            return std::future::pending().await;
+        }
+    };
+    loop {
+        let asker = tokio::select! {
+            ready = changes.readable() => {
+                // What comes from here on makes it ready again.
+                if let Ok(mut ready) = ready { ready.clear_ready() }
+                None
+            }
+            asker = askers.0.recv() => asker,
+        };
+        match network.change() {
+            Ok(Some(change)) => {
+                if let Err(error) = change.carry_out(&sandbox, &id).await {
+                    complain(&format!(
+                        "the guest does not follow a change of the network: {}",
+                        message(&error)
+                    ));
+                }
+            }
+            Ok(None) => {}
+            Err(error) => complain(&message(&error)),
+        }
+        network.complaints().iter().for_each(|text| complain(text));
+        if let Some(asker) = asker {
+            // It may have gone.
+            let _ = asker.send(());
+        }
+    }
+}
+
+/// A task that follows, until it is dropped.
+#[derive(Debug)]
+pub struct Following(JoinHandle<()>);
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// [`follow`] as a task of the current runtime, for a sandbox whose later commands do not wait for the network.
+pub fn follow_in_background(network: Network, sandbox: &Sandbox, id: &str) -> Following {
+    let (sandbox, id) = (sandbox.clone(), id.to_owned());
+    let complain = |text: &str| eprintln!("caisson: {text}");
+    Following(tokio::spawn(async move {
+        let (_follower, askers) = Follower::new();
+        follow(network, askers, sandbox, id, complain).await;
+    }))
+}
+
+impl Network {
+    fn watch(&self) -> Result<AsyncFd<std::os::fd::OwnedFd>, NetworkError> {
+        let socket = self.notices.as_fd().try_clone_to_owned();
+        socket
+            .and_then(|socket| watch(socket, Interest::READABLE))
+            .map_err(super::host("watch the network namespace"))
+    }
+}
+
+impl Change {
+    /// Has the virtual machine and its agent follow.
+    async fn carry_out(self, sandbox: &Sandbox, id: &str) -> Result<(), SandboxError> {
+        let Self {
+            plugs,
+            guest,
+            unplugs,
+        } = self;
+        plug(plugs, sandbox).await?;
+        let followed = if guest == api::Network::default() {
+            Ok(())
+        } else {
+            sandbox.update_network(id, guest).await
+        };
+        for slot in unplugs {
+            sandbox.unplug(slot).await?;
+        }
+        followed
+    }
+
+    /// The virtual machine's part, before there is a container whose agent could be told.
+    pub async fn plug(self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        for slot in self.unplugs {
+            sandbox.unplug(slot).await?;
+        }
+        plug(self.plugs, sandbox).await
+    }
+}
+
+async fn plug(plugs: Vec<Plug>, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    for Plug { slot, mac, tap } in plugs {
+        sandbox.plug(slot, mac, tap).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,232 @@
+//! An interface joined to a tap: what comes into one goes out of the other, by tc(8)'s redirection.
+//!
+//! ```text
+//!  network <- interface <- ingress of the tap: redirect   <- the guest sends
+//!  network -> interface -> ingress: redirect -> tap       -> the guest receives
+//! ```
+//!
+//! Contract: the host's own stack sees none of the guest's packets, in either direction. A [`Joint`] that is dropped
+//! takes the filter off the interface, and the queueing discipline if it was made for it; the tap goes with its last
+//! descriptor, and its filters with it. After a crash [`clear`] does the same for what is left.
+//! Limits on packets ([`Limits`]) are filters in front of the redirection: what does not pass is dropped.
+//! Spec: `linux/pkt_sched.h`, `linux/pkt_cls.h`, `linux/tc_act/tc_mirred.h`.
+
+use std::{io, os::fd::OwnedFd, sync::Arc};
+
+use caisson_agent_api::netlink::{Builder, attribute, messages, u32_at};
+
+use super::{
+    netlink::{NEW, Socket},
+    tap::Tap,
+    view::Interface,
+};
+
+/// `TC_H_INGRESS`, and the handle of the discipline there.
+const INGRESS: u32 = 0xffff_fff1;
+const INGRESS_HANDLE: u32 = 0xffff_0000;
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`: also understood by a plain ingress discipline.
+const INGRESS_FILTERS: u32 = 0xffff_fff2;
+/// The filters' priority: by it they are known as ours. Others' filters that come first may take packets.
+const PRIORITY: u32 = 0xca15;
+/// `ETH_P_ALL` in network order.
+const ALL_PROTOCOLS: u32 = 0x0300;
+
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+/// Within the options of `matchall`.
+const TCA_MATCHALL_ACT: u16 = 2;
+/// Within an action.
+const TCA_ACT_KIND: u16 = 1;
+const TCA_ACT_OPTIONS: u16 = 2;
+const TCA_MIRRED_PARMS: u16 = 2;
+/// `TCA_EGRESS_REDIR`
+const REDIRECT: u32 = 1;
+/// `TC_ACT_STOLEN`
+const STOLEN: u32 = 4;
+
+/// `IFF_NOARP`: nobody on the host speaks through a tap.
+const NO_ARP: u32 = 0x80;
+/// `linux/if_link.h`: `IFLA_INET6_ADDR_GEN_MODE` and its value for no address.
+const INET6_ADDR_GEN_MODE: u16 = 8;
+const NO_ADDRESS: u8 = 1;
+
+/// A tap joined to an interface. Must not outlive its use: dropping it parts them.
+#[derive(Debug)]
+pub(super) struct Joint {
+    socket: Arc<Socket>,
+    interface: u32,
+    tap: u32,
+    /// Whether the discipline on the interface is ours.
+    owns_ingress: bool,
+}
+
+impl Joint {
+    /// Joins a tap to the interface. The descriptor is for the VMM.
+    pub(super) fn make(
+        socket: &Arc<Socket>,
+        index: u32,
+        interface: &Interface,
+        tap: Tap,
+    ) -> io::Result<(Self, OwnedFd)> {
+        let Tap {
+            file,
+            index: tap_index,
+        } = tap;
+        socket.request(tap_up(tap_index, interface.mtu))?;
+        socket.request(ingress(libc::RTM_NEWQDISC, NEW, tap_index))?;
+        socket.request(redirect(tap_index, index))?;
+        let owns_ingress = match socket.request(ingress(libc::RTM_NEWQDISC, NEW, index)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            other => other.map(|()| true)?,
+        };
+        let joint = Self {
+            socket: Arc::clone(socket),
+            interface: index,
+            tap: tap_index,
+            owns_ingress,
+        };
+        if !owns_ingress {
+            // Left by one that was killed, or none.
+            let _ = socket.request(filter(libc::RTM_DELTFILTER, 0, index));
+        }
+        socket.request(redirect(index, tap_index))?;
+        Ok((joint, file))
+    }
+
+    /// Lets the tap take packets as large as the interface's.
+    pub(super) fn resize(&self, mtu: u32) -> io::Result<()> {
+        self.socket.request(tap_up(self.tap, mtu))
+    }
+}
+
+impl Drop for Joint {
+    fn drop(&mut self) {
+        // An interface that is gone has taken everything along.
+        let _ = if self.owns_ingress {
+            self.socket
+                .request(ingress(libc::RTM_DELQDISC, 0, self.interface))
+        } else {
+            self.socket
+                .request(filter(libc::RTM_DELTFILTER, 0, self.interface))
+        };
+    }
+}
+
+/// Removes what a killed owner has left on an interface: our filter, and the discipline if there is no other filter.
+pub(super) fn clear(socket: &Socket, interface: u32) -> io::Result<()> {
+    let filters = socket.list(filter_head(libc::RTM_GETTFILTER, 0, interface, 0))?;
+    let all = filters.iter().flat_map(|datagram| messages(datagram));
+    let ours = |info: u32| info >> 16 == PRIORITY;
+    let infos: Vec<u32> = all.filter_map(|message| u32_at(message.body, 16)).collect();
+    if !infos.iter().any(|info| ours(*info)) {
+        return Ok(());
+    }
+    if infos.iter().all(|info| ours(*info)) && is_plain_ingress(socket, interface)? {
+        socket.request(ingress(libc::RTM_DELQDISC, 0, interface))
+    } else {
+        socket.request(filter(libc::RTM_DELTFILTER, 0, interface))
+    }
+}
+
+fn is_plain_ingress(socket: &Socket, interface: u32) -> io::Result<bool> {
+    let listed = socket.list(Builder::new(
+        libc::RTM_GETQDISC,
+        0,
+        &head(interface, 0, 0, 0),
+    ))?;
+    Ok(listed
+        .iter()
+        .flat_map(|datagram| messages(datagram))
+        .any(|message| {
+            let kind = message
+                .body
+                .get(20..)
+                .and_then(|rest| attribute(rest, TCA_KIND));
+            u32_at(message.body, 4) == Some(interface) && kind == Some(b"ingress\0")
+        }))
+}
+
+fn tap_up(index: u32, mtu: u32) -> Builder {
+    let flags = libc::IFF_UP.unsigned_abs() | NO_ARP;
+    let mut body = [0; 16];
+    body[4..8].copy_from_slice(&index.to_ne_bytes());
+    body[8..12].copy_from_slice(&flags.to_ne_bytes());
+    body[12..16].copy_from_slice(&flags.to_ne_bytes());
+    // A number below 128.
+    let ipv6 = u16::try_from(libc::AF_INET6).unwrap_or_default();
+    Builder::new(libc::RTM_NEWLINK, 0, &body)
+        .attribute(libc::IFLA_MTU, &mtu.to_ne_bytes())
+        .nested(libc::IFLA_AF_SPEC, |families| {
+            families.nested(ipv6, |ipv6| {
+                ipv6.attribute(INET6_ADDR_GEN_MODE, &[NO_ADDRESS])
+            })
+        })
+}
+
+/// `struct tcmsg`.
+fn head(interface: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
+    let mut body = [0; 20];
+    for (place, value) in [(4, interface), (8, handle), (12, parent), (16, info)] {
+        body[place..place + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+    body
+}
+
+fn ingress(kind: u16, flags: u16, interface: u32) -> Builder {
+    let message = Builder::new(kind, flags, &head(interface, INGRESS_HANDLE, INGRESS, 0));
+    if kind == libc::RTM_NEWQDISC {
+        message.text(TCA_KIND, "ingress")
+    } else {
+        message
+    }
+}
+
+fn filter_head(kind: u16, flags: u16, interface: u32, info: u32) -> Builder {
+    Builder::new(kind, flags, &head(interface, 0, INGRESS_FILTERS, info))
+}
+
+fn filter(kind: u16, flags: u16, interface: u32) -> Builder {
+    filter_head(kind, flags, interface, PRIORITY << 16 | ALL_PROTOCOLS)
+}
+
+/// Everything that comes in at `from` goes out at `to`.
+fn redirect(from: u32, to: u32) -> Builder {
+    let mirred = [0, 0, STOLEN, 0, 0, REDIRECT, to]
+        .map(u32::to_ne_bytes)
+        .concat();
+    filter(libc::RTM_NEWTFILTER, NEW, from)
+        .text(TCA_KIND, "matchall")
+        .nested(TCA_OPTIONS, |options| {
+            options.nested(TCA_MATCHALL_ACT, |actions| {
+                actions.nested(1, |action| {
+                    action
+                        .text(TCA_ACT_KIND, "mirred")
+                        .nested(TCA_ACT_OPTIONS, |o| o.attribute(TCA_MIRRED_PARMS, &mirred))
+                })
+            })
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_is_known_by_its_priority() {
+        let message = redirect(7, 9).finish();
+        let message = messages(&message).next().unwrap();
+        assert_eq!(u32_at(message.body, 4), Some(7));
+        assert_eq!(
+            u32_at(message.body, 16).map(|info| info >> 16),
+            Some(PRIORITY)
+        );
+        let options = attribute(&message.body[20..], TCA_OPTIONS).unwrap();
+        let actions = attribute(options, TCA_MATCHALL_ACT).unwrap();
+        let action = attribute(actions, 1).unwrap();
+        let mirred = attribute(
+            attribute(action, TCA_ACT_OPTIONS).unwrap(),
+            TCA_MIRRED_PARMS,
+        );
+        assert_eq!(u32_at(mirred.unwrap(), 24), Some(9));
+    }
+}

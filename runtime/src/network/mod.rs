@@ -1,0 +1,434 @@
+//! The container's network: its namespace stays on the host, its interfaces appear in the guest.
+//!
+//! | file | is |
+//! |---|---|
+//! | `namespace.rs` | the namespace, made or joined |
+//! | `netlink.rs` | the kernel's answers about it, and its notices of changes |
+//! | `view.rs` | what is in it, and how one view becomes another (pure) |
+//! | `joint.rs`, `tap.rs` | an interface joined to a tap |
+//! | `follow.rs` | the guest follows while the container lives |
+//!
+//! Contract: interfaces that are there when the virtual machine starts are devices from its first instruction; those
+//! that appear later (hooks, engines that connect a running container) take one of its spare devices. The guest gets
+//! the same names, numbers, MAC addresses, MTUs, addresses, routes, permanent neighbours and rules.
+//! Everything that is made on the host is undone when [`Network`] is dropped, and by [`clear`] if the owner was killed.
+//! Not here: the devices (the VMM), what the guest does with the list (the agent).
+
+mod follow;
+mod joint;
+mod namespace;
+mod netlink;
+mod tap;
+mod view;
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use caisson_agent_api::{self as api, netlink::Builder};
+use caisson_vmm_spec::{MAX_NETWORKS, NETWORK_DEVICES_FROM};
+use serde::{Deserialize, Serialize};
+
+pub use self::follow::{Askers, Follower, Following, follow, follow_in_background};
+use self::{
+    joint::Joint,
+    namespace::Place,
+    netlink::{Notices, Socket},
+    tap::Tap,
+    view::{Difference, Interface, Listings, View},
+};
+pub use caisson_agent_api::Network as Connections;
+
+/// Name of the file in the state directory that says where something may have been left.
+const RECORD: &str = "network.json";
+
+/// Why a container's network is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The namespace in the specification.
+    #[error("join the network namespace {path}", path = path.display())]
+    Join {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another virtual machine has the interfaces.
+    #[error(
+        "the network namespace {path} is another container's: two virtual machines cannot share interfaces",
+        path = path.display()
+    )]
+    Taken {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// There are not enough devices.
+    #[error("network interface {name}: the virtual machine has no device left (spare_interfaces)")]
+    Full {
+        /// The interface.
+        name: String,
+    },
+    /// One interface.
+    #[error("connect network interface {name}")]
+    Connect {
+        /// The interface.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A step on the host.
+    #[error("{step}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn host(step: &'static str) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Host { step, source }
+}
+
+/// A tap and the MAC address of its interface.
+#[derive(Debug)]
+pub struct Plug {
+    /// Which of the virtual machine's interfaces.
+    pub slot: u8,
+    /// The address.
+    pub mac: [u8; 6],
+    /// For the VMM.
+    pub tap: OwnedFd,
+}
+
+/// What a change on the host means for the virtual machine, in this order.
+#[derive(Debug, Default)]
+pub struct Change {
+    /// To be plugged in.
+    pub plugs: Vec<Plug>,
+    /// For the agent.
+    pub guest: api::Network,
+    /// To be unplugged.
+    pub unplugs: Vec<u8>,
+}
+
+/// The interface in one of the virtual machine's slots.
+#[derive(Debug)]
+struct Occupant {
+    index: u32,
+    joint: Joint,
+}
+
+/// What is in the file [`RECORD`].
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    place: Place,
+    interfaces: Vec<u32>,
+}
+
+/// A sandbox's network.
+#[derive(Debug)]
+pub struct Network {
+    socket: Arc<Socket>,
+    notices: Notices,
+    /// What the virtual machine has, or is about to have.
+    view: View,
+    slots: Vec<Option<Occupant>>,
+    /// The namespace, if it outlives this process.
+    place: Option<Place>,
+    /// Whether this process is in it.
+    inside: bool,
+    record: PathBuf,
+    complaints: Vec<String>,
+}
+
+impl Network {
+    /// Moves this process, which has one thread, into the container's namespace: that at `path`, or a new one.
+    pub fn enter(path: Option<&Path>, state_dir: &Path) -> Result<Self, NetworkError> {
+        let place = match path {
+            Some(path) => Some(namespace::join(path).map_err(|source| NetworkError::Join {
+                path: path.to_owned(),
+                source,
+            })?),
+            None => {
+                namespace::make().map_err(host("make a network namespace"))?;
+                None
+            }
+        };
+        let sockets = sockets().map_err(host("open netlink sockets"))?;
+        let mut network = Self::over(sockets, place, state_dir);
+        // A new one is empty.
+        if let Some(path) = path {
+            network.first_look(path)?;
+        }
+        Ok(network)
+    }
+
+    /// The namespace at `path`, for a process that stays where it is.
+    pub fn beside(path: &Path, state_dir: &Path) -> Result<Self, NetworkError> {
+        let joined = |source| NetworkError::Join {
+            path: path.to_owned(),
+            source,
+        };
+        let place = Place::of(path).map_err(joined)?;
+        let gone = || io::ErrorKind::NotFound.into();
+        let sockets = place.visit(sockets).and_then(|made| made.ok_or_else(gone));
+        let mut network = Self::over(sockets.map_err(joined)?, Some(place), state_dir);
+        network.inside = false;
+        network.first_look(path)?;
+        Ok(network)
+    }
+
+    fn over((socket, notices): (Socket, Notices), place: Option<Place>, state_dir: &Path) -> Self {
+        Self {
+            socket: Arc::new(socket),
+            notices,
+            view: View::default(),
+            slots: Vec::new(),
+            place,
+            inside: true,
+            record: state_dir.join(RECORD),
+            complaints: Vec::new(),
+        }
+    }
+
+    fn first_look(&mut self, path: &Path) -> Result<(), NetworkError> {
+        self.view = self.look()?;
+        if self.view.taps.is_empty() {
+            Ok(())
+        } else {
+            let path = path.to_owned();
+            Err(NetworkError::Taken { path })
+        }
+    }
+
+    /// A new tap in the namespace.
+    fn tap(&self) -> io::Result<Tap> {
+        match &self.place {
+            Some(place) if !self.inside => place
+                .visit(Tap::make)?
+                .ok_or_else(|| io::ErrorKind::NotFound.into()),
+            _ => Tap::make(),
+        }
+    }
+
+    /// Joins the interfaces that are there, and has as many slots as they need and `spare` ones.
+    pub fn boot(&mut self, spare: u8) -> Result<Vec<Plug>, NetworkError> {
+        let all: Vec<u32> = self.view.interfaces.keys().copied().collect();
+        let slots = (all.len() + usize::from(spare)).min(MAX_NETWORKS);
+        self.slots.resize_with(slots, || None);
+        let view = self.view.clone();
+        self.connect(&view, &all)
+    }
+
+    /// How many of the slots are spare.
+    pub fn spare(&self) -> u8 {
+        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
+        u8::try_from(free).unwrap_or(u8::MAX)
+    }
+
+    /// All that the guest needs for the interfaces so far.
+    pub fn whole(&self) -> api::Network {
+        self.guest(View::default().difference(&self.view), &self.view)
+    }
+
+    /// What has changed since the last look, if anything.
+    pub fn change(&mut self) -> Result<Option<Change>, NetworkError> {
+        if !self.notices.take() {
+            return Ok(None);
+        }
+        let mut next = self.look()?;
+        let difference = self.within_slots(&mut next);
+        if difference.is_none() {
+            self.view = next;
+            return Ok(None);
+        }
+        let mut change = Change::default();
+        for (slot, place) in (0..).zip(&mut self.slots) {
+            if let Some(gone) = place.take_if(|it| difference.gone.contains(&it.index)) {
+                change.unplugs.push(slot);
+                drop(gone);
+            }
+        }
+        for index in &difference.resized {
+            let occupant = self.slots.iter().flatten().find(|it| it.index == *index);
+            if let (Some(occupant), Some(now)) = (occupant, next.interfaces.get(index)) {
+                occupant
+                    .joint
+                    .resize(now.mtu)
+                    .map_err(host("set a tap's MTU"))?;
+            }
+        }
+        change.plugs = self.connect(&next, &difference.appeared)?;
+        change.guest = self.guest(difference, &next);
+        change.guest.gone = change.unplugs.iter().map(|slot| device(*slot)).collect();
+        self.view = next;
+        Ok(Some(change))
+    }
+
+    /// What could not be done as it is on the host, since this was asked last.
+    pub fn complaints(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.complaints)
+    }
+
+    /// How the virtual machine's view becomes `next`, from which those interfaces are taken that find no free slot.
+    fn within_slots(&mut self, next: &mut View) -> Difference {
+        let difference = self.view.difference(next);
+        let free = usize::from(self.spare()) + difference.gone.len();
+        if difference.appeared.len() <= free {
+            return difference;
+        }
+        for index in difference.appeared.iter().skip(free) {
+            if let Some(Interface { name, .. }) = next.forget(*index) {
+                self.complain(&NetworkError::Full { name });
+            }
+        }
+        self.view.difference(next)
+    }
+
+    /// Joins interfaces to new taps, each in the first free slot.
+    fn connect(&mut self, view: &View, indexes: &[u32]) -> Result<Vec<Plug>, NetworkError> {
+        let mut plugs = Vec::new();
+        for index in indexes {
+            let Some(interface) = view.interfaces.get(index) else {
+                continue;
+            };
+            let name = || interface.name.clone();
+            let free = self.slots.iter().position(Option::is_none);
+            let free = free.ok_or_else(|| NetworkError::Full { name: name() })?;
+            let made = self
+                .tap()
+                .and_then(|tap| Joint::make(&self.socket, *index, interface, tap));
+            let (joint, tap) = made.map_err(|source| {
+                let name = name();
+                NetworkError::Connect { name, source }
+            })?;
+            let index = *index;
+            self.slots[free] = Some(Occupant { index, joint });
+            // There are at most `MAX_NETWORKS`.
+            let slot = u8::try_from(free).unwrap_or(u8::MAX);
+            let mac = interface.mac;
+            plugs.push(Plug { slot, mac, tap });
+        }
+        self.keep_record()
+            .map_err(host("write down what is connected"))?;
+        Ok(plugs)
+    }
+
+    /// Writes down for [`clear`] what would be left if this process were killed.
+    fn keep_record(&self) -> io::Result<()> {
+        let Some(place) = &self.place else {
+            return Ok(());
+        };
+        let occupants = self.slots.iter().flatten();
+        let record = Record {
+            place: place.clone(),
+            interfaces: occupants.map(|occupant| occupant.index).collect(),
+        };
+        fs::write(&self.record, serde_json::to_vec(&record)?)
+    }
+
+    /// A difference in the words of the agent's contract; `next` is what it leads to.
+    fn guest(&self, difference: Difference, next: &View) -> api::Network {
+        let appeared = difference.appeared.iter().filter_map(|index| {
+            let interface = next.interfaces.get(index)?;
+            let is_here = |slot: &Option<Occupant>| {
+                slot.as_ref()
+                    .is_some_and(|occupant| occupant.index == *index)
+            };
+            let slot = u8::try_from(self.slots.iter().position(is_here)?).ok()?;
+            Some(api::Interface {
+                device: device(slot),
+                index: *index,
+                name: interface.name.clone(),
+                address: interface.mac.to_vec(),
+                mtu: interface.mtu,
+                ..Default::default()
+            })
+        });
+        let sysctl = |(file, value)| api::Sysctl {
+            file,
+            value,
+            ..Default::default()
+        };
+        api::Network {
+            appeared: appeared.collect(),
+            requests: difference.requests,
+            sysctls: difference.sysctls.into_iter().map(sysctl).collect(),
+            ..Default::default()
+        }
+    }
+
+    /// What is in the namespace now.
+    fn look(&mut self) -> Result<View, NetworkError> {
+        let list = |what: u16, body: &[u8]| {
+            self.socket
+                .list(Builder::new(what, 0, body))
+                .map_err(host("look at the network namespace"))
+        };
+        let view = View::of(&Listings {
+            links: list(libc::RTM_GETLINK, &[0; 16])?,
+            addresses: list(libc::RTM_GETADDR, &[0; 8])?,
+            routes: list(libc::RTM_GETROUTE, &[0; 12])?,
+            neighbours: list(libc::RTM_GETNEIGH, &[0; 12])?,
+            rules: list(libc::RTM_GETRULE, &[0; 12])?,
+        });
+        let complaint = |(name, why): &(String, &'static str)| {
+            format!("network interface {name} does not appear in the guest: {why}")
+        };
+        let new = view.strange.difference(&self.view.strange);
+        self.complaints.extend(new.map(complaint));
+        Ok(view)
+    }
+
+    fn complain(&mut self, error: &NetworkError) {
+        self.complaints.push(crate::error::message(error));
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.slots.clear();
+        // Then `clear` finds nothing.
+        let _ = fs::remove_file(&self.record);
+    }
+}
+
+fn sockets() -> io::Result<(Socket, Notices)> {
+    Ok((Socket::open()?, Notices::open()?))
+}
+
+/// The guest's number for the device of a slot.
+fn device(slot: u8) -> u32 {
+    NETWORK_DEVICES_FROM + u32::from(slot)
+}
+
+/// Removes what an owner that was killed has left in a namespace that is not its own. Its virtual machine has ended.
+pub fn clear(state_dir: &Path) -> io::Result<()> {
+    let record: Record = match fs::read(state_dir.join(RECORD)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => serde_json::from_slice(&other?)?,
+    };
+    let Record { place, interfaces } = record;
+    place.visit(|| {
+        let socket = Socket::open()?;
+        let links = socket.list(Builder::new(libc::RTM_GETLINK, 0, &[0; 16]))?;
+        let view = View::of(&Listings {
+            links,
+            ..Listings::default()
+        });
+        // With a tap there the interfaces are another's by now.
+        let left = interfaces
+            .iter()
+            .filter(|index| view.interfaces.contains_key(index));
+        if view.taps.is_empty() {
+            left.map(|index| joint::clear(&socket, *index)).collect()
+        } else {
+            Ok(())
+        }
+    })?;
+    Ok(())
+}
