@@ -14,6 +14,7 @@ mod host;
 mod isolation;
 mod kills;
 mod lifecycle;
+mod network;
 mod pausing;
 mod processes;
 mod refusals;

@@ -72,7 +72,8 @@ impl Joint {
             file,
             index: tap_index,
         } = tap;
-        socket.request(tap_up(tap_index, interface.mtu))?;
+        socket.request(quiet_tap(tap_index, interface.mtu))?;
+        socket.request(tap_up(tap_index))?;
         socket.request(ingress(libc::RTM_NEWQDISC, NEW, tap_index))?;
         socket.request(redirect(tap_index, index))?;
         let owns_ingress = match socket.request(ingress(libc::RTM_NEWQDISC, NEW, index)) {
@@ -95,7 +96,7 @@ impl Joint {
 
     /// Lets the tap take packets as large as the interface's.
     pub(super) fn resize(&self, mtu: u32) -> io::Result<()> {
-        self.socket.request(tap_up(self.tap, mtu))
+        self.socket.request(quiet_tap(self.tap, mtu))
     }
 }
 
@@ -146,21 +147,31 @@ fn is_plain_ingress(socket: &Socket, interface: u32) -> io::Result<bool> {
         }))
 }
 
-fn tap_up(index: u32, mtu: u32) -> Builder {
-    let flags = libc::IFF_UP.unsigned_abs() | NO_ARP;
-    let mut body = [0; 16];
-    body[4..8].copy_from_slice(&index.to_ne_bytes());
-    body[8..12].copy_from_slice(&flags.to_ne_bytes());
-    body[12..16].copy_from_slice(&flags.to_ne_bytes());
+/// Sets a tap's MTU, and that the host's kernel gives it no address when it is set up.
+fn quiet_tap(index: u32, mtu: u32) -> Builder {
     // A number below 128.
     let ipv6 = u16::try_from(libc::AF_INET6).unwrap_or_default();
-    Builder::new(libc::RTM_NEWLINK, 0, &body)
+    Builder::new(libc::RTM_NEWLINK, 0, &link(index, 0))
         .attribute(libc::IFLA_MTU, &mtu.to_ne_bytes())
         .nested(libc::IFLA_AF_SPEC, |families| {
             families.nested(ipv6, |ipv6| {
                 ipv6.attribute(INET6_ADDR_GEN_MODE, &[NO_ADDRESS])
             })
         })
+}
+
+fn tap_up(index: u32) -> Builder {
+    let flags = libc::IFF_UP.unsigned_abs() | NO_ARP;
+    Builder::new(libc::RTM_NEWLINK, 0, &link(index, flags))
+}
+
+/// `struct ifinfomsg` that sets flags.
+fn link(index: u32, flags: u32) -> [u8; 16] {
+    let mut body = [0; 16];
+    for (place, value) in [(4, index), (8, flags), (12, flags)] {
+        body[place..place + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+    body
 }
 
 /// `struct tcmsg`.

@@ -421,11 +421,11 @@ pub fn clear(state_dir: &Path) -> io::Result<()> {
             ..Listings::default()
         });
         // With a tap there the interfaces are another's by now.
-        let left = interfaces
+        let mut left = interfaces
             .iter()
             .filter(|index| view.interfaces.contains_key(index));
         if view.taps.is_empty() {
-            left.map(|index| joint::clear(&socket, *index)).collect()
+            left.try_for_each(|index| joint::clear(&socket, *index))
         } else {
             Ok(())
         }

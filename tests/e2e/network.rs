@@ -1,0 +1,505 @@
+//! A container's network: the interfaces of its namespace on the host, with all that belongs to them, and packets
+//! through them.
+//!
+//! Each test has a namespace of its own, named by a file in the test's directory, and pairs of veth interfaces into it:
+//! what engines and CNI plugins make. What a container sees is compared with what the namespace on the host says.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use caisson_tests::{Bundle, Case};
+use rustix::process::{Signal, kill_process};
+use serde_json::{Value, json};
+
+const ECHO: &str = env!("CARGO_BIN_EXE_net-echo");
+
+/// A network namespace of the host's, and interfaces of the test's own.
+struct Net<'a> {
+    case: &'a Case,
+    file: PathBuf,
+    /// On the host's side: gone at the end.
+    interfaces: Vec<String>,
+}
+
+impl<'a> Net<'a> {
+    fn new(case: &'a Case, name: &str) -> Self {
+        let file = case.dir().join(name);
+        std::fs::write(&file, "").expect("file");
+        let unshare = format!("unshare --net={} true", file.display());
+        sh(case, &unshare);
+        let net = Self {
+            case,
+            file,
+            interfaces: Vec::new(),
+        };
+        net.inside("ip link set lo up");
+        net
+    }
+
+    /// Runs a script in the namespace.
+    fn inside(&self, script: &str) -> String {
+        sh(
+            self.case,
+            &format!("nsenter --net={} sh -ec '{script}'", self.file.display()),
+        )
+    }
+
+    /// A pair of interfaces: `outer` on the host, `inner` in the namespace, both up.
+    fn veth(&mut self, outer: &str, inner: &str) {
+        let file = self.file.display();
+        sh(
+            self.case,
+            &format!(
+                "ip link add {outer} type veth peer name {inner} netns {file}; ip link set {outer} up"
+            ),
+        );
+        self.inside(&format!("ip link set {inner} up"));
+        self.interfaces.push(outer.to_owned());
+    }
+
+    /// The usual one: `outer` has 10.77.N.1 and fd77:N::1, `inner` 10.77.N.2 and fd77:N::2 and default routes.
+    fn connected(&mut self, outer: &str, inner: &str, n: u8) {
+        self.veth(outer, inner);
+        sh(
+            self.case,
+            &format!(
+                "ip addr add 10.77.{n}.1/24 dev {outer}; ip addr add fd77:{n}::1/64 dev {outer} nodad"
+            ),
+        );
+        self.inside(&format!(
+            "ip addr add 10.77.{n}.2/24 dev {inner}; ip addr add fd77:{n}::2/64 dev {inner} nodad; \
+             ip route append default via 10.77.{n}.1 metric {n}; ip route append default via fd77:{n}::1 metric {n}"
+        ));
+    }
+
+    /// A bundle whose container has this namespace, and may do with it what it likes.
+    fn bundle(&self, bundle: Bundle) -> Bundle {
+        let path = self.file.clone();
+        bundle.edit(|spec| {
+            network_namespace(spec)["path"] = json!(path);
+            administer(spec);
+        })
+    }
+
+    /// What `ip -j ARGS` says here, in the order and to the degree that both sides must agree on.
+    fn listed(&self, args: &str) -> Vec<Value> {
+        comparable(&self.inside(&format!("ip -j {args}")))
+    }
+}
+
+impl Drop for Net<'_> {
+    fn drop(&mut self) {
+        for interface in &self.interfaces {
+            self.case
+                .program("ip")
+                .args(["link", "del", interface])
+                .finish();
+        }
+        self.case.program("umount").args([&self.file]).finish();
+    }
+}
+
+fn network_namespace(spec: &mut Value) -> &mut Value {
+    let all = spec["linux"]["namespaces"].as_array_mut();
+    let network = all.and_then(|all| all.iter_mut().find(|one| one["type"] == "network"));
+    network.expect("a network namespace")
+}
+
+fn administer(spec: &mut Value) {
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut();
+        set.expect("capabilities")
+            .extend([json!("CAP_NET_ADMIN"), json!("CAP_NET_RAW")]);
+    }
+}
+
+#[track_caller]
+fn sh(case: &Case, script: &str) -> String {
+    let outcome = case.program("sh").args(["-ec", script]).succeed();
+    outcome.text().to_owned()
+}
+
+/// The output of `ip -j`, without what is the host's own business.
+fn comparable(text: &str) -> Vec<Value> {
+    let mut all: Vec<Value> = serde_json::from_str(text).unwrap_or_default();
+    let is_tap = |one: &Value| {
+        one["ifname"]
+            .as_str()
+            .is_some_and(|name| name.starts_with("caisson"))
+    };
+    all.retain(|one| one["protocol"] != "kernel" && one != &json!({}) && !is_tap(one));
+    for one in &mut all {
+        let Some(fields) = one.as_object_mut() else {
+            continue;
+        };
+        // Queues and peers differ; a duplicate of an address is looked for once.
+        for private in [
+            "qdisc",
+            "link_index",
+            "link",
+            "link_netnsid",
+            "txqlen",
+            "group",
+            "flags",
+            "operstate",
+        ] {
+            fields.remove(private);
+        }
+        for address in fields
+            .get_mut("addr_info")
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            let address = address.as_object_mut().expect("an address");
+            address.retain(|key, _| {
+                [
+                    "family",
+                    "local",
+                    "prefixlen",
+                    "scope",
+                    "label",
+                    "broadcast",
+                ]
+                .contains(&&**key)
+            });
+        }
+    }
+    all.sort_by_key(Value::to_string);
+    all
+}
+
+/// Bytes there and back over TCP, and a datagram over UDP.
+#[track_caller]
+fn echoes(address: &str, bytes: usize) {
+    let mut stream = TcpStream::connect((address, 7)).expect(address);
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("timeout");
+    let sent: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
+    let mut writer = stream.try_clone().expect("clone");
+    let copy = sent.clone();
+    let writing = std::thread::spawn(move || {
+        writer.write_all(&copy).expect("write");
+        writer.shutdown(Shutdown::Write).expect("shutdown");
+    });
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back).expect("read");
+    writing.join().expect("writer");
+    assert!(
+        back == sent,
+        "{} of {bytes} bytes came back from {address}",
+        back.len()
+    );
+
+    let any = if address.contains(':') {
+        "[::]:0"
+    } else {
+        "0.0.0.0:0"
+    };
+    let socket = UdpSocket::bind(any).expect("bind");
+    socket
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("timeout");
+    let datagram = vec![7; 1200];
+    socket.send_to(&datagram, (address, 7)).expect("send");
+    let mut back = vec![0; 2000];
+    let len = socket.recv(&mut back).expect("no datagram came back");
+    assert_eq!(back[..len], datagram);
+}
+
+/// Starts a container that sends everything back, and waits until it listens.
+fn start_echo(case: &Case, bundle: Bundle, id: &str) {
+    let ready = bundle.rootfs("ready");
+    let bundle = bundle.program(ECHO).script("net-echo 7 > /ready");
+    case.start(&bundle, id);
+    until("the container listens", || {
+        std::fs::read_to_string(&ready).is_ok_and(|text| text.contains("ready"))
+    });
+}
+
+#[track_caller]
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    for _ in 0..200 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    panic!("it never came true that {what}");
+}
+
+#[test]
+fn interfaces_appear_with_everything_that_belongs_to_them() {
+    let case = Case::begin();
+    let mut net = Net::new(&case, "ns");
+    net.connected("ct0", "eth0", 1);
+    net.connected("ct1", "net1", 2);
+    net.inside(
+        "ip link set eth0 mtu 1400; ip link set net1 mtu 9000 address 02:77:00:00:00:05; \
+         ip addr add 10.99.0.1/32 dev lo; ip addr add 10.78.0.9/28 dev eth0 label eth0:1; \
+         ip route add 10.80.0.0/16 via 10.77.2.77 dev net1; ip route add blackhole 10.81.0.0/16; \
+         ip route add default via 10.77.2.1 table 100; ip rule add from 10.77.2.2 table 100 priority 50; \
+         ip -6 route add fd80::/32 via fd77:2::99; ip -6 rule add to fd81::/32 table 100 priority 51; \
+         ip neigh add 10.77.1.50 lladdr 02:00:00:00:00:50 dev eth0 nud permanent; \
+         ip neigh add fd77:2::50 lladdr 02:00:00:00:00:51 dev net1 nud permanent",
+    );
+    let bundle = net.bundle(case.debian()).args(["sleep", "1000"]);
+    let questions = [
+        "addr",
+        "-4 route show table all",
+        "-6 route show table all",
+        "-4 rule",
+        "-6 rule",
+        "neigh show nud permanent",
+    ];
+    let on_host = questions.map(|question| net.listed(question));
+    case.start(&bundle, "one");
+    for (question, wanted) in questions.into_iter().zip(on_host) {
+        let outcome = case.exec("one", &format!("ip -j {question}"));
+        assert_eq!(outcome.status, 0, "{outcome:?}");
+        assert_eq!(comparable(outcome.text()), wanted, "ip {question}");
+    }
+    case.delete("one");
+    assert_eq!(
+        net.inside("tc qdisc show | grep -c -e ingress -e clsact || true"),
+        "0\n"
+    );
+    assert_eq!(net.inside("ip link show | grep -c caisson || true"), "0\n");
+}
+
+#[test]
+fn packets_of_every_size_go_both_ways() {
+    let case = Case::begin();
+    for (n, mtu) in [(1, 1500), (2, 9000), (3, 1400)] {
+        let mut net = Net::new(&case, &format!("ns{n}"));
+        net.connected("ct0", "eth0", n);
+        sh(&case, &format!("ip link set ct0 mtu {mtu}"));
+        net.inside(&format!("ip link set eth0 mtu {mtu}"));
+        start_echo(&case, net.bundle(case.bundle_in(&format!("b{n}"))), "one");
+        echoes(&format!("10.77.{n}.2"), 3 << 20);
+        echoes(&format!("fd77:{n}::2"), 1 << 20);
+        let size = mtu - 28;
+        let ping = format!("ping -c 2 -s {size} 10.77.{n}.1");
+        let outcome = case.exec("one", &ping);
+        assert_eq!(outcome.status, 0, "{ping}: {outcome:?}");
+        case.delete("one");
+    }
+}
+
+#[test]
+fn what_changes_on_the_host_follows() {
+    let case = Case::begin();
+    let mut net = Net::new(&case, "ns");
+    net.connected("ct0", "eth0", 1);
+    let bundle = net.bundle(case.debian()).args(["sleep", "1000"]);
+    case.create(&bundle, "one");
+    // As engines do between create and start.
+    net.connected("ct1", "net1", 2);
+    case.call(["start", "one"]).succeed();
+    let seen = |question: &str| comparable(case.exec("one", &format!("ip -j {question}")).text());
+    let agree = |question: &str| {
+        until(&format!("ip {question} agrees"), || {
+            seen(question) == net.listed(question)
+        });
+    };
+    assert_eq!(seen("addr"), net.listed("addr"), "at start");
+    assert_eq!(seen("route"), net.listed("route"), "at start");
+
+    net.inside("ip addr add 10.77.1.7/24 dev eth0; ip addr del 10.77.2.2/24 dev net1");
+    agree("addr");
+    net.inside("ip route add 10.90.0.0/16 via 10.77.1.1; ip link set eth0 mtu 1300");
+    agree("route");
+    agree("addr");
+    net.inside("ip link set net1 down; ip link set net1 name lan0; ip link set lan0 up");
+    agree("addr");
+    sh(&case, "ip link del ct1");
+    agree("addr");
+    let mut net = net;
+    net.connected("ct2", "late0", 3);
+    until("the late interface is there", || {
+        comparable(case.exec("one", "ip -j addr").text()) == net.listed("addr")
+    });
+    let ping = case.exec(
+        "one",
+        "ping -c 1 -w 20 10.77.3.1 || busybox ping -c 1 -w 20 10.77.3.1",
+    );
+    assert_eq!(ping.status, 0, "{ping:?}");
+    case.delete("one");
+}
+
+#[test]
+fn a_hook_moves_an_interface_in() {
+    let case = Case::begin();
+    let script = case.dir().join("hook.sh");
+    std::fs::write(
+        &script,
+        "#!/bin/bash -e\npid=$(jq .pid)\nip link add ct0 type veth peer name eth0 netns $pid\n\
+         ip link set ct0 up\nip addr add 10.77.1.1/24 dev ct0\n\
+         nsenter -t $pid -n sh -ec 'ip addr add 10.77.1.2/24 dev eth0; ip link set eth0 up'\n",
+    )
+    .expect("hook");
+    let path = std::env::var("PATH").unwrap_or_default();
+    for list in ["prestart", "createRuntime"] {
+        let bundle = case.bundle_in(list).edit(|spec| {
+            administer(spec);
+            spec["hooks"] = json!({list: [
+                {"path": "/bin/bash", "args": ["bash", script], "env": [format!("PATH={path}")]},
+            ]});
+        });
+        start_echo(&case, bundle, "one");
+        echoes("10.77.1.2", 1 << 16);
+        case.delete("one");
+        until("the interface is gone", || {
+            !Path::new("/sys/class/net/ct0").exists()
+        });
+    }
+}
+
+#[test]
+fn containers_on_a_bridge_reach_each_other() {
+    let case = Case::begin();
+    sh(
+        &case,
+        "ip link add ctbr type bridge; ip link set ctbr up; ip addr add 10.76.0.1/24 dev ctbr",
+    );
+    let nets = ["left", "right"].map(|name| Net::new(&case, name));
+    let mut nets = nets.into_iter().zip(2..).map(|(mut net, n)| {
+        net.veth(&format!("ct{n}"), "eth0");
+        sh(&case, &format!("ip link set ct{n} master ctbr"));
+        net.inside(&format!("ip addr add 10.76.0.{n}/24 dev eth0"));
+        net
+    });
+    let (left, right) = (nets.next().expect("left"), nets.next().expect("right"));
+    start_echo(&case, left.bundle(case.bundle_in("bl")), "left");
+    start_echo(&case, right.bundle(case.bundle_in("br")), "right");
+    for (id, other) in [("left", 3), ("right", 2)] {
+        let script =
+            format!("ping -c 1 -w 20 10.76.0.{other}; echo hello | nc -w 20 10.76.0.{other} 7");
+        let outcome = case.exec(id, &script);
+        assert!(outcome.text().ends_with("hello\n"), "{outcome:?}");
+    }
+    echoes("10.76.0.2", 1 << 20);
+    case.delete("left");
+    case.delete("right");
+    drop((left, right));
+    sh(&case, "ip link del ctbr");
+}
+
+#[test]
+fn every_kind_of_ethernet_works() {
+    let case = Case::begin();
+    let mut net = Net::new(&case, "ns");
+    // The lower interface is the host's; its peer stands for the rest of the network.
+    let mut far = Net::new(&case, "far");
+    far.veth("ctlow", "far0");
+    far.inside("ip addr add 10.75.0.1/24 dev far0");
+    let file = net.file.display().to_string();
+    for (kind, n) in [("macvlan mode bridge", 2), ("ipvlan mode l2", 3)] {
+        sh(
+            &case,
+            &format!(
+                "ip link add link ctlow name ctnew type {kind}; ip link set ctnew netns {file} name eth{n}"
+            ),
+        );
+        net.inside(&format!(
+            "ip link set eth{n} up; ip addr add 10.75.0.{n}/24 dev eth{n}"
+        ));
+        let bundle = net.bundle(case.bundle_in(&format!("b{n}")));
+        start_echo(&case, bundle, "one");
+        let ping = far.inside(&format!("ping -c 2 -w 20 10.75.0.{n}"));
+        assert!(
+            ping.contains("2 packets received") || ping.contains("2 received"),
+            "{kind}: {ping}"
+        );
+        case.delete("one");
+        net.inside(&format!("ip link del eth{n}"));
+    }
+    net.inside("ip link add dum0 type dummy; ip addr add 10.74.0.1/24 dev dum0; ip link set dum0 up; ip tuntap add tap7 mode tap; ip link set tap7 up");
+    let outcome = case.run(
+        &net.bundle(case.bundle_in("bd"))
+            .script("cat /sys/class/net/dum0/mtu; cat /sys/class/net/tap7/address"),
+    );
+    let tap = net.inside("ip -o link show tap7 | sed s/.*ether.// | cut -d\" \" -f1");
+    assert_eq!(outcome.text(), format!("1500\n{tap}"));
+    net.veth("ct9", "eth9");
+}
+
+#[test]
+fn a_namespace_of_its_own_has_loopback_only() {
+    let case = Case::begin();
+    let bundle = case.bundle().script(
+        "cat /proc/net/dev | tail -n +3 | cut -d: -f1; ping -c 1 127.0.0.1 > /dev/null && echo up",
+    );
+    let bundle = bundle.edit(administer);
+    let outcome = case.run(&bundle);
+    let words: Vec<&str> = outcome.text().split_whitespace().collect();
+    assert_eq!(words, ["lo", "up"], "{outcome:?}");
+    // And whoever looks for it at the pid finds a namespace that is not the host's.
+    case.start(&case.bundle_in("b2").args(["sleep", "1000"]), "one");
+    let link = format!("/proc/{}/ns/net", case.pid("one").as_raw_nonzero());
+    let own = std::fs::read_link("/proc/self/ns/net").expect("own namespace");
+    assert_ne!(std::fs::read_link(link).expect("namespace"), own);
+    case.delete("one");
+}
+
+#[test]
+fn whoever_is_killed_the_namespace_is_clean_after_delete() {
+    let Some(case) = Case::begin_with_vm("runc puts nothing into the namespace") else {
+        return;
+    };
+    let mut net = Net::new(&case, "ns");
+    net.connected("ct0", "eth0", 1);
+    let clean = |context: &str| {
+        let left = net.inside("ip -o link show | cut -d: -f2 | cut -d@ -f1; tc qdisc show dev eth0; tc filter show dev eth0 ingress 2>&1 || true");
+        assert_eq!(
+            left, " lo\n eth0\nqdisc noqueue 0: root refcnt 2 \n",
+            "{context}"
+        );
+    };
+    let bundle = net.bundle(case.bundle()).args(["sleep", "1000"]);
+    clean("before");
+    for victim in ["caisson", "caisson-vmm"] {
+        case.start(&bundle, "one");
+        let processes = caisson_tests::case::processes_named(victim);
+        let pid = processes
+            .first()
+            .map(|process| process.pid)
+            .expect("a victim");
+        kill_process(
+            rustix::process::Pid::from_raw(pid).expect("pid"),
+            Signal::KILL,
+        )
+        .expect("kill");
+        case.wait("one");
+        case.delete("one");
+        clean(victim);
+    }
+    // And a container that fails on the way.
+    let bundle = bundle.args(["/nonexistent"]);
+    case.run_call(&bundle, "two").finish();
+    clean("a program that does not exist");
+}
+
+#[test]
+fn two_machines_cannot_share_interfaces() {
+    let Some(case) = Case::begin_with_vm("with runc two containers can share a namespace") else {
+        return;
+    };
+    let mut net = Net::new(&case, "ns");
+    net.connected("ct0", "eth0", 1);
+    start_echo(&case, net.bundle(case.bundle()), "one");
+    let outcome = case
+        .run_call(&net.bundle(case.bundle_in("b2")), "two")
+        .finish();
+    assert_ne!(outcome.status, 0);
+    assert!(
+        outcome.stderr.contains("is another container's"),
+        "{}",
+        outcome.stderr
+    );
+    echoes("10.77.1.2", 1 << 12);
+    case.delete("one");
+}
