@@ -163,6 +163,9 @@ impl Tasks {
                     sandbox,
                     share,
                     cgroup: cgroup.keep(),
+                    holder: guest_pid,
+                    _lock: lock,
+                    _network: following,
                 };
                 Ok((pod, flowing))
             }
