@@ -121,7 +121,9 @@ fn shown(table: &Table, options: &[String]) -> Result<String, PsError> {
 fn rows(output: &Output, pids: &[u32]) -> Result<String, PsError> {
     let text = String::from_utf8_lossy(&output.stdout);
     // It also fails when it has nothing to show.
-    if !output.status.success() && !(output.stderr.is_empty() && text.lines().count() == 1) {
+    let shows_nothing = output.stderr.is_empty() && text.lines().count() == 1;
+    let is_fine = output.status.success() || shows_nothing;
+    if !is_fine {
         let said = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
         return Err(PsError::Failed {
             status: output.status,
