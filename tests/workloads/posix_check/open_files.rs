@@ -104,8 +104,7 @@ fn hold(count: usize, distinct: usize) -> Verdict {
         // The last that was written, where several descriptors lead to one file.
         let last = (index..count)
             .step_by(SAMPLE)
-            .filter(|other| other % distinct == index % distinct)
-            .next_back();
+            .rfind(|other| other % distinct == index % distinct);
         let expected = path(last.unwrap_or(index)).into_bytes();
         let through = read_at(&held[index], 0, expected.len())?;
         equal(
