@@ -49,6 +49,9 @@ struct Choice {
     /// Run only checks whose name starts so.
     #[arg(long, value_name = "PREFIX")]
     only: Vec<String>,
+    /// Run no checks whose name starts so.
+    #[arg(long, value_name = "PREFIX")]
+    without: Vec<String>,
     /// Do not run this check, for this reason.
     #[arg(long, value_name = "NAME=REASON", value_parser = skip)]
     skip: Vec<(String, String)>,

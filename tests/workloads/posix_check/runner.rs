@@ -42,7 +42,9 @@ pub(crate) fn run(dir: &Path, choice: &Choice) -> ExitCode {
                 .map(move |(name, check)| (format!("{group}::{name}"), *check))
         })
         .filter(|(name, _)| {
-            choice.only.is_empty() || choice.only.iter().any(|prefix| name.starts_with(prefix))
+            let starts =
+                |prefixes: &[String]| prefixes.iter().any(|prefix| name.starts_with(prefix));
+            (choice.only.is_empty() || starts(&choice.only)) && !starts(&choice.without)
         })
         .collect();
     if choice.list {

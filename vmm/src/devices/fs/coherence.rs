@@ -21,6 +21,10 @@
 //! - the guest never delays writes (no writeback cache): `write` returns when the host's file has the data. Pages
 //!   written through a shared mapping reach the host at `msync`, at `close` and by the guest's own flusher.
 //!
+//! The price: a name that is not believed is dropped by the guest's kernel at its last use (`fuse_dentry_delete`), and
+//! the inode and its pages with it. So pages live from one open to the next only while something holds the file, such
+//! as a running program or a name that is believed, and every last close costs a FORGET.
+//!
 //! What remains: a mapping that is already there does not notice a change by others until the file is opened or read.
 //! Bounded: [`SLOTS`] files are remembered; a guest with more open files only loses caching.
 //! Threads: one lock, held for a few instructions.
