@@ -242,6 +242,7 @@ pub(crate) async fn spawn(
         end: None,
         terminal: None,
     };
+    let mut awaits_network = false;
     let ready = loop {
         match control
             .hear()
@@ -253,17 +254,7 @@ pub(crate) async fn spawn(
                 newborn.end = Some(birth.claim(pid));
             }
             Heard::Message(FromChild::Terminal, fd) => newborn.terminal = fd,
-            Heard::Message(FromChild::Network, _) => {
-                let Err(error) = connect(newborn.pid, around.network) else {
-                    write(control.0.get_ref(), &[1])
-                        .map_err(|e| failed("go on with the network")(e.into()))?;
-                    continue;
-                };
-                // It waits on its socket, and ends with that.
-                drop(control);
-                newborn.gone().await;
-                return Err(error);
-            }
+            Heard::Message(FromChild::Network, _) => awaits_network = true,
             Heard::Message(FromChild::Ready, _) => break true,
             Heard::Message(FromChild::Failed(text), _) => {
                 newborn.gone().await;
@@ -273,6 +264,18 @@ pub(crate) async fn spawn(
             Heard::Closed if around.init.is_some() && newborn.pid.is_some() => break false,
             Heard::Closed => return Err(ProcessError::Died(newborn.gone().await)),
         }
+        // Its number comes from the first process, and may come after this wish of the second.
+        if let (true, Some(pid)) = (awaits_network, newborn.pid) {
+            awaits_network = false;
+            if let Err(error) = connect(pid, around.network) {
+                // It waits on its socket, and ends with that.
+                drop(control);
+                newborn.gone().await;
+                return Err(error);
+            }
+            write(control.0.get_ref(), &[1])
+                .map_err(|e| failed("go on with the network")(e.into()))?;
+        }
     };
     let process = newborn
         .grow_up(around.cgroup, our_ends, plan.container.is_some())
@@ -281,13 +284,11 @@ pub(crate) async fn spawn(
 }
 
 /// Gives a process that has just been born the network it waits for.
-fn connect(pid: Option<i32>, network: &Network) -> Result<(), ProcessError> {
-    let pid = pid
-        .and_then(Pid::from_raw)
-        .ok_or(ProcessError::Died(None))?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|_| ProcessError::Died(None))?;
+fn connect(pid: i32, network: &Network) -> Result<(), ProcessError> {
+    let number = Pid::from_raw(pid).ok_or(ProcessError::Died(None))?;
+    let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|_| ProcessError::Died(None))?;
     let resident = Resident {
-        pid: pid.as_raw_nonzero().get(),
+        pid,
         pidfd: pidfd.as_fd(),
     };
     Ok(network::apply(network, resident)?)

@@ -236,7 +236,9 @@ fn a_machine_that_hears_nothing_ends_with_its_monitor() {
         return;
     };
     case.start(&sleeping(&case), "one");
-    let machine = Victim::Vmm.find(case.pid("one")).expect("a virtual machine");
+    let machine = Victim::Vmm
+        .find(case.pid("one"))
+        .expect("a virtual machine");
     // It cannot hear that its control socket closed.
     kill_process(machine, Signal::STOP).expect("stop the VMM");
     kill_process(case.pid("one"), Signal::KILL).expect("kill the monitor");

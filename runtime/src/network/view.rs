@@ -426,3 +426,139 @@ fn setting(kind: u16, rank: u8, interface: Option<u32>, body: Vec<u8>) -> Settin
         body,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, name: &str, more: impl FnOnce(Builder) -> Builder) -> Vec<u8> {
+        let mut body = [0; 16];
+        body[2..4].copy_from_slice(&ARPHRD_ETHER.to_ne_bytes());
+        body[4..8].copy_from_slice(&index.to_ne_bytes());
+        body[8..12].copy_from_slice(&libc::IFF_UP.unsigned_abs().to_ne_bytes());
+        let link = Builder::new(libc::RTM_NEWLINK, 0, &body)
+            .text(libc::IFLA_IFNAME, name)
+            .attribute(libc::IFLA_ADDRESS, &[2, 0, 0, 0, 0, 7])
+            .attribute(libc::IFLA_MTU, &1400_u32.to_ne_bytes());
+        more(link).finish()
+    }
+
+    fn plain(index: u32, name: &str) -> Vec<u8> {
+        link(index, name, |link| link)
+    }
+
+    fn address(index: u32, last: u8) -> Vec<u8> {
+        let mut body = [2, 24, 0x80, 0, 0, 0, 0, 0];
+        body[4..].copy_from_slice(&index.to_ne_bytes());
+        Builder::new(libc::RTM_NEWADDR, 0, &body)
+            .attribute(libc::IFA_LOCAL, &[10, 0, 0, last])
+            .attribute(libc::IFA_CACHEINFO, &[0xff; 16])
+            .attribute(IFA_FLAGS, &0x80_u32.to_ne_bytes())
+            .finish()
+    }
+
+    fn route(protocol: u8, gateway: bool, index: u32) -> Vec<u8> {
+        let body = [2, 0, 0, 0, 254, protocol, 0, 1, 0, 0, 0, 0];
+        let mut route = Builder::new(libc::RTM_NEWROUTE, 0, &body);
+        if gateway {
+            route = route.attribute(libc::RTA_GATEWAY, &[10, 0, 0, 1]);
+        }
+        route
+            .attribute(libc::RTA_OIF, &index.to_ne_bytes())
+            .attribute(libc::RTA_CACHEINFO, &[9; 32])
+            .finish()
+    }
+
+    fn kinds(requests: &[u8]) -> Vec<u16> {
+        netlink::messages(requests).map(|one| one.kind).collect()
+    }
+
+    #[test]
+    fn what_cannot_be_a_guests_interface_is_left_out() {
+        let inside_bridge = link(5, "p0", |link| {
+            link.attribute(libc::IFLA_MASTER, &9_u32.to_ne_bytes())
+        });
+        let stacked = link(6, "eth0.5", |link| {
+            link.attribute(libc::IFLA_LINK, &2_u32.to_ne_bytes())
+        });
+        let veth = link(7, "net1", |link| {
+            link.attribute(libc::IFLA_LINK, &2_u32.to_ne_bytes())
+                .attribute(libc::IFLA_LINK_NETNSID, &[0; 4])
+        });
+        let view = View::of(&Listings {
+            links: vec![
+                plain(1, "lo"),
+                plain(2, "eth0"),
+                plain(3, "caisson0"),
+                plain(4, "caissonette"),
+                inside_bridge,
+                stacked,
+                veth,
+            ],
+            ..Listings::default()
+        });
+        assert_eq!(
+            view.interfaces.keys().copied().collect::<Vec<_>>(),
+            [2, 4, 7]
+        );
+        assert_eq!((view.taps.len(), view.strange.len()), (1, 2));
+        let eth0 = &view.interfaces[&2];
+        assert_eq!((eth0.mtu, eth0.up, eth0.ipv6), (1400, true, true));
+    }
+
+    #[test]
+    fn a_network_is_made_in_an_order_that_works() {
+        let view = View::of(&Listings {
+            links: vec![plain(2, "eth0")],
+            addresses: vec![address(2, 9), address(2, 3), address(8, 1)],
+            // Through a gateway, the kernel's own, of an interface that is not there, direct.
+            routes: vec![
+                route(3, true, 2),
+                route(2, false, 2),
+                route(3, false, 8),
+                route(3, false, 2),
+            ],
+            ..Listings::default()
+        });
+        let difference = View::default().difference(&view);
+        assert_eq!(
+            (difference.appeared.clone(), difference.gone.len()),
+            (vec![2], 0)
+        );
+        let [add, up, route] = [libc::RTM_NEWADDR, libc::RTM_NEWLINK, libc::RTM_NEWROUTE];
+        assert_eq!(kinds(&difference.requests), [add, add, up, route, route]);
+        let messages: Vec<_> = netlink::messages(&difference.requests).collect();
+        let local = attribute(&messages[0].body[8..], libc::IFA_LOCAL);
+        assert_eq!(
+            local,
+            Some(&[10, 0, 0, 9][..]),
+            "the primary address comes first"
+        );
+        assert!(attribute(&messages[0].body[8..], libc::IFA_CACHEINFO).is_none());
+        let gateway = |at: usize| attribute(&messages[at].body[12..], libc::RTA_GATEWAY).is_some();
+        assert!(!gateway(3) && gateway(4), "the direct route comes first");
+    }
+
+    #[test]
+    fn only_what_changed_is_told() {
+        let before = Listings {
+            links: vec![plain(2, "eth0"), plain(3, "net1")],
+            addresses: vec![address(2, 9), address(3, 4)],
+            ..Listings::default()
+        };
+        let after = Listings {
+            links: vec![plain(2, "eth0")],
+            addresses: vec![address(2, 10)],
+            ..Listings::default()
+        };
+        let (before, after) = (View::of(&before), View::of(&after));
+        assert!(before.difference(&before).is_none());
+        let difference = before.difference(&after);
+        // The address of the interface that is gone goes with it.
+        assert_eq!(difference.gone, [3]);
+        assert_eq!(
+            kinds(&difference.requests),
+            [libc::RTM_DELADDR, libc::RTM_NEWADDR]
+        );
+    }
+}
