@@ -272,9 +272,9 @@ mod tests {
         gate.wait_for(4);
         assert!(threads.iter().all(|thread| !thread.is_finished()));
         gate.open();
-        threads
-            .into_iter()
-            .for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 
     #[test]
