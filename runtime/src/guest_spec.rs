@@ -93,7 +93,7 @@ pub fn remove_host_limits(resources: &mut LinuxResources) {
 }
 
 /// Whether a mount's source is a file or directory of the host; as runc decides it.
-fn is_bind(mount: &Mount) -> bool {
+pub(crate) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind")
         || has_option(mount, "bind")
         || has_option(mount, "rbind")

@@ -110,6 +110,21 @@ impl Share {
         )
     }
 
+    /// Where the shared directory is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where a container's root file system is.
+    pub fn rootfs(&self, id: &str) -> PathBuf {
+        self.path.join(id).join("rootfs")
+    }
+
+    /// Where the source of a container's bind mount is.
+    pub fn mount(&self, id: &str, index: usize) -> PathBuf {
+        self.path.join(id).join("mounts").join(index.to_string())
+    }
+
     /// Shares a container's files. Its root file system stays writable until [`Share::seal`], because the guest still
     /// has to make mount points in it, as runc does before it remounts.
     pub fn add(&self, id: &str, files: &HostFiles) -> Result<(), ShareError> {
@@ -131,7 +146,7 @@ impl Share {
     /// Ends a container's set-up: a read-only root file system becomes so.
     pub fn seal(&self, id: &str, files: &HostFiles) -> Result<(), ShareError> {
         if files.rootfs_read_only {
-            make_read_only(&self.path.join(id).join("rootfs"))?;
+            make_read_only(&self.rootfs(id))?;
         }
         Ok(())
     }

@@ -47,6 +47,7 @@ pub(super) fn enter(
         write.step(|| "write oom_score_adj".to_owned())?;
     }
     let namespaces = &plan.namespaces;
+    super::finish::raise_hard_limits(&plan.process)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let cgroup = open(&plan.cgroup, flags, Mode::empty())
         .step(|| format!("open cgroup {}", plan.cgroup.display()))?;

@@ -9,7 +9,7 @@ use crate::sys;
 use oci_spec::runtime::PosixRlimitType as Limit;
 use rustix::fs::{FileType, Gid, Mode, Uid, fchown, fstat};
 use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
@@ -37,6 +37,24 @@ pub(super) fn limits(plan: &ProcessPlan) -> Result<(), ChildError> {
             maximum: some(*hard),
         };
         setrlimit(resource(*kind), limit).step(|| format!("error setting rlimit type {kind}"))?;
+    }
+    Ok(())
+}
+
+/// Makes room for [`limits`] in a user namespace, where no right raises a hard limit: those that the plan wants higher
+/// are raised now, the soft ones stay.
+pub(super) fn raise_hard_limits(plan: &ProcessPlan) -> Result<(), ChildError> {
+    for (kind, _, hard) in &plan.rlimits {
+        let now = getrlimit(resource(*kind));
+        // Without a limit now there is nothing to raise.
+        if now.maximum.is_some_and(|maximum| maximum < *hard) {
+            let limit = Rlimit {
+                current: now.current,
+                maximum: (*hard != u64::MAX).then_some(*hard),
+            };
+            setrlimit(resource(*kind), limit)
+                .step(|| format!("error setting rlimit type {kind}"))?;
+        }
     }
     Ok(())
 }

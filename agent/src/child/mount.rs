@@ -350,14 +350,18 @@ fn tmpfs_with_copy<F: FnOnce(io::Error) -> MountError>(
     plan: &MountPlan,
     failed: Failed<'_, F>,
 ) -> Result<OwnedFd, MountError> {
+    let known = root.place(&plan.destination).is_ok();
     let target = root.directory(&plan.destination)?;
     check_proc(plan, target.as_fd(), None)?;
+    let data = if known {
+        tmpfs_data(plan, target.as_fd())
+    } else {
+        plan.data.clone()
+    };
     let make = || -> io::Result<OwnedFd> {
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        for option in tmpfs_data(plan, target.as_fd())
-            .split(',')
-            .filter(|o| !o.is_empty())
-        {
+        fsconfig_set_string(fs.as_fd(), "source", &plan.source)?;
+        for option in data.split(',').filter(|o| !o.is_empty()) {
             match option.split_once('=') {
                 Some((key, value)) => fsconfig_set_string(fs.as_fd(), key, value)?,
                 None => fsconfig_set_flag(fs.as_fd(), option)?,

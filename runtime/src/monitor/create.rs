@@ -32,11 +32,13 @@ use crate::{
     preserved,
     sandbox::{BootError, CreateRequest, Sandbox, SandboxError, Wanted},
     share::{self, Share, ShareError},
+    shm,
     sizing::{self, Host, SizingError},
     state::{State, StateDir, StateError, Status, timestamp},
     stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
     update::Limits,
+    view::{self, View, ViewError},
 };
 
 /// Why a container was not created.
@@ -58,6 +60,8 @@ pub(super) enum CreateError {
     Start(#[from] StartError),
     #[error(transparent)]
     Network(#[from] NetworkError),
+    #[error(transparent)]
+    View(#[from] ViewError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error("unable to start container process")]
@@ -143,7 +147,9 @@ pub(super) async fn create(
         })?;
 
     let id = order.id.as_str();
-    let (mut guest, host_files) = guest_spec::split(id, &bundle.path, bundle.spec.clone());
+    let mut spec = bundle.spec.clone();
+    shm::localize(&mut spec);
+    let (mut guest, host_files) = guest_spec::split(id, &bundle.path, spec.clone());
     share::enter_private_namespace()?;
     let mut network = Network::enter(bundle.network_path(), dir.path())?;
     let plugs = network.boot(config.spare_interfaces)?;
@@ -204,11 +210,12 @@ pub(super) async fn create(
             state.status = Status::Running;
             dir.store(&state)?;
         }
+        let view = View::enter(&share, id, &view::places(&spec, &host_files))?;
         report.send(&Report::Ready { pid: state.pid }, &[]).await?;
-        Ok::<_, CreateError>((flowing, listener))
+        Ok::<_, CreateError>((flowing, listener, view))
     };
     match created.await {
-        Ok((flowing, listener)) => {
+        Ok((flowing, listener, view)) => {
             inside.stay();
             drop(cgroup.keep());
             let limits = Limits::new(&bundle.spec, size);
@@ -222,6 +229,7 @@ pub(super) async fn create(
                 preserved: flowing.preserved,
                 terminal: flowing.terminal,
                 signals,
+                view,
                 share,
                 log,
             })

@@ -29,6 +29,7 @@ use crate::{
     stdio::Progress,
     terminal,
     update::Limits,
+    view::View,
 };
 
 /// How long commands that are still being answered may take when the container has ended.
@@ -48,6 +49,8 @@ pub(super) struct Live {
     /// The terminal whose size the container's follows.
     pub(super) terminal: Option<OwnedFd>,
     pub(super) signals: Signals,
+    /// What the host sees of the container's files; left before the share is unmounted.
+    pub(super) view: View,
     /// Unmounted when dropped, after the sandbox is gone.
     pub(super) share: Share,
     pub(super) log: Option<Log>,
@@ -166,6 +169,7 @@ impl Live {
             preserved,
             terminal,
             mut signals,
+            view,
             share,
             log,
         } = self;
@@ -212,6 +216,7 @@ impl Live {
         })
         .await;
         drop(following);
+        drop(view);
         drop(share);
         if let Some(terminal) = &terminal {
             terminal::release(terminal.as_fd());
