@@ -76,6 +76,18 @@ e2e: build lab ## Run the end-to-end tests on runc and on caisson; ARGS chooses 
 	done
 	$(if $(HAVE_VM),,$(LAB) down)
 
+# Debian's podman and Docker with each runtime in the place of their own; only in the lab, which has an image for it.
+.PHONY: engines
+engines: build ## Run the tests with podman and Docker, in the lab, on runc and on caisson; ARGS chooses tests
+	cargo test --release -p caisson-tests --test engines --no-run
+	$(LAB) down
+	$(LAB) up --smp 1 --image engines
+	program=$$(ls -t $(RELEASE)/deps/engines-* | grep -v '\.d$$' | head -n 1); \
+	for runtime in runc caisson; do \
+	  $(LAB) exec -t 2400 -e RUNTIME=$$runtime -- $(CURDIR)/$$program --test-threads=1 $(ARGS); \
+	done
+	$(LAB) down
+
 .PHONY: test
 test: lint unit e2e ## Build and pass all tests
 

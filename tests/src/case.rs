@@ -341,7 +341,7 @@ pub fn processes_named(name: &str) -> Vec<host::Process> {
 }
 
 /// caisson's configuration for the tests: the files of this build.
-fn configuration() -> String {
+pub fn configuration() -> String {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .unwrap_or(Path::new("/"));

@@ -1,0 +1,102 @@
+//! What only podman has.
+
+use caisson_tests::case;
+
+use crate::engine::{Engine, IMAGE};
+
+use std::io::Write;
+use std::process::Stdio;
+
+#[test]
+fn secrets_are_files_and_variables() {
+    let engine = Engine::podman();
+    let create = engine.call(["secret", "create", "key", "-"]);
+    let mut create = create.stdin(Stdio::piped()).start();
+    create.take_stdin().write_all(b"geheim").expect("write");
+    assert_eq!(create.finish().status, 0);
+    let output = engine.output(
+        ["--secret=key", "--secret=key,type=env,target=KEY"],
+        "cat /run/secrets/key; echo -$KEY",
+    );
+    assert_eq!(output, "geheim-geheim");
+    engine.ok(["secret", "rm", "key"]);
+}
+
+#[test]
+fn a_health_check_runs_in_the_container() {
+    let engine = Engine::podman();
+    engine.start(
+        "sick",
+        ["--health-cmd=test -e /ok", "--health-interval=disable"],
+        "echo ready; exec sleep 1000",
+    );
+    let check = |engine: &Engine| engine.call(["healthcheck", "run", "sick"]).finish().status;
+    assert_eq!(check(&engine), 1);
+    assert_eq!(engine.exec("sick", "touch /ok").status, 0);
+    assert_eq!(check(&engine), 0);
+    engine.remove("sick");
+}
+
+#[test]
+fn top_asks_ps_in_the_container() {
+    let engine = Engine::podman();
+    engine.start("top", [], "echo ready; exec sleep 1000");
+    let table = engine.ok(["top", "top", "-o", "pid,comm"]);
+    assert!(
+        table.lines().any(|line| line.trim() == "1 sleep"),
+        "{table}"
+    );
+    engine.remove("top");
+}
+
+#[test]
+fn identities_are_mapped_and_limits_are_raised_before() {
+    let engine = Engine::podman();
+    let output = engine.output(
+        ["--uidmap=0:100000:1000", "--ulimit=nproc=70000:80000"],
+        "id -u; cat /proc/self/uid_map | tr -s ' '; ulimit -u",
+    );
+    assert_eq!(output, "0\n 0 100000 1000\n70000");
+}
+
+#[test]
+fn a_copy_to_what_only_the_guest_has_is_refused() {
+    if case::runtime() != "caisson" {
+        println!("skipped: a tmpfs of a container is within podman's reach there");
+        return;
+    }
+    let engine = Engine::podman();
+    engine.start("own", ["--tmpfs=/t"], "echo ready; exec sleep 1000");
+    let file = engine.dir().join("in");
+    std::fs::write(&file, "x").expect("write");
+    let file = file.display().to_string();
+    for place in ["own:/t/in", "own:/proc/in"] {
+        assert_ne!(
+            engine.call(["cp", &file, place]).finish().status,
+            0,
+            "{place}"
+        );
+    }
+    // Neither in the guest nor below its mount in the root file system.
+    assert_eq!(
+        engine
+            .exec("own", "ls /t; umount /t 2>/dev/null; ls /t")
+            .text(),
+        ""
+    );
+    engine.remove("own");
+}
+
+#[test]
+fn host_networking_is_refused_in_one_line() {
+    if case::runtime() != "caisson" {
+        println!("skipped: other runtimes share the host's kernel and its network");
+        return;
+    }
+    let engine = Engine::podman();
+    let run = engine.call(["run", "--rm", "--network=host", IMAGE, "true"]);
+    let outcome = run.finish();
+    assert_eq!(outcome.status, 126, "{outcome:?}");
+    assert!(outcome.stderr.contains("host networking"), "{outcome:?}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
+}
