@@ -21,6 +21,7 @@ use crate::config::Config;
 /// The newest version of the OCI runtime specification that this runtime knows.
 pub const OCI_VERSION: &str = "1.3.0";
 
+pub(crate) mod capabilities;
 mod rules;
 mod vm;
 
@@ -156,11 +157,12 @@ impl Bundle {
                 source,
             },
         })?;
-        let (spec, vm) =
-            vm::parse(&text).map_err(|source| BundleError::Json { path: file, source })?;
+        let ((spec, vm), unknown) = capabilities::forgive(&text, vm::parse)
+            .map_err(|source| BundleError::Json { path: file, source })?;
         rules::check(&spec, vm.as_ref(), config, place)?;
         let rootfs = rootfs(&path, &spec)?;
-        let warnings = rules::warnings(&spec);
+        let mut warnings = rules::warnings(&spec);
+        warnings.extend(capabilities::warning(&unknown));
         Ok(Self {
             path,
             rootfs,

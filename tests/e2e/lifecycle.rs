@@ -57,15 +57,7 @@ fn the_walk_through_of_runc_works_word_for_word() {
 
 /// `exec -t ID /bin/sh`, then `ps` there.
 fn processes_in_a_terminal_are_the_containers(case: &Case) {
-    let (mut terminal, slave) = Terminal::open();
-    let stream = || slave.try_clone().expect("dup");
-    let shell = case.call(["exec", "-t", "demo", "/bin/sh"]);
-    let shell = shell
-        .stdin(stream())
-        .stdout(stream())
-        .stderr(stream())
-        .start();
-    drop(slave);
+    let (mut terminal, shell) = Terminal::start(case.call(["exec", "-t", "demo", "/bin/sh"]));
     terminal.expect("# ");
     terminal.write("ps -o pid,args\n");
     terminal.expect("COMMAND");

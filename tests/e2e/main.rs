@@ -20,5 +20,6 @@ mod processes;
 mod refusals;
 mod resources;
 mod signals;
+mod spec_fields;
 mod statuses;
 mod terminals;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use caisson_tests::{Bundle, Case};
+use caisson_tests::{Bundle, Case, Outcome};
 use serde_json::json;
 
 /// `run` of a bundle is refused with a word of the reason, and leaves nothing.
@@ -179,21 +179,17 @@ fn a_memory_limit_below_what_a_machine_needs() {
     run_is_refused(&case, &bundle, "memory");
 }
 
-#[test]
-fn a_guest_kernel_that_is_missing_or_none() {
-    let Some(case) = Case::begin_with_vm("runc has no guest kernel") else {
-        return;
-    };
+/// A boot file of the configuration that does not exist is refused by its path, and one that is something else with a
+/// word of what it is not.
+#[track_caller]
+fn boot_file_is_refused(case: &Case, key: &str, content: &[u8]) {
     let bundle = case.bundle();
-    let no_kernel = case.dir().join("no-kernel");
-    fs::write(&no_kernel, "certainly not an ELF image").expect("write");
-    for (path, reason) in [
-        (Path::new("/no/such/vmlinux"), "/no/such/vmlinux"),
-        (&no_kernel, "kernel"),
-    ] {
-        let config = case.configured("kernel", &format!("{path:?}"));
-        case.run_call(&bundle, "one")
-            .env("CAISSON_CONFIG", config)
+    let wrong = case.dir().join("wrong");
+    fs::write(&wrong, content).expect("write");
+    for (path, reason) in [(Path::new("/no/such/file"), "/no/such/file"), (&wrong, key)] {
+        let config = case.configured(key, &format!("{path:?}"));
+        let call = case.run_call(&bundle, "one");
+        call.env("CAISSON_CONFIG", config)
             .finish()
             .is_refusal(reason);
         case.nothing_is_left();
@@ -201,24 +197,33 @@ fn a_guest_kernel_that_is_missing_or_none() {
 }
 
 #[test]
+fn a_guest_kernel_that_is_missing_or_none() {
+    let Some(case) = Case::begin_with_vm("runc has no guest kernel") else {
+        return;
+    };
+    boot_file_is_refused(&case, "kernel", b"certainly not an ELF image");
+}
+
+#[test]
 fn an_initramfs_that_is_missing_or_corrupt() {
     let Some(case) = Case::begin_with_vm("runc has no initramfs") else {
         return;
     };
-    let bundle = case.bundle();
-    let corrupt = case.dir().join("corrupt");
-    fs::write(&corrupt, vec![0xa5; 1 << 20]).expect("write");
-    for (path, reason) in [
-        (Path::new("/no/such/initramfs"), "/no/such/initramfs"),
-        (&corrupt, "initramfs"),
-    ] {
-        let config = case.configured("initramfs", &format!("{path:?}"));
-        case.run_call(&bundle, "one")
-            .env("CAISSON_CONFIG", config)
-            .finish()
-            .is_refusal(reason);
-        case.nothing_is_left();
-    }
+    boot_file_is_refused(&case, "initramfs", &[0xa5; 1 << 20]);
+}
+
+/// `run` in a mount namespace of its own, after a script has changed it.
+fn run_after(case: &Case, script: &str, root: &Path, bundle: &Bundle) -> Outcome {
+    let script = format!("{script} && exec \"$@\"");
+    let call = case
+        .program("unshare")
+        .args(["-m", "sh", "-c", &script, "sh"]);
+    let call = call.args([caisson_tests::case::runtime()]);
+    let call = call.args(["--root".as_ref(), root.as_os_str()]);
+    call.args(["run", "-b"])
+        .args([bundle.dir()])
+        .args(["one"])
+        .finish()
 }
 
 #[test]
@@ -227,8 +232,7 @@ fn a_host_without_kvm_or_without_the_right_to_it() {
         return;
     };
     let bundle = case.bundle();
-    let root = case.root();
-    // Each in a mount namespace of its own: no node, another device, a node that must not be opened.
+    // No node, another device, a node that must not be opened.
     let nodes = "null zero full random urandom tty net";
     let missing = format!(
         "mount -t tmpfs none /mnt && for n in {nodes}; do cp -a /dev/$n /mnt; done && \
@@ -241,17 +245,7 @@ fn a_host_without_kvm_or_without_the_right_to_it() {
         ("mount --bind /dev/null /dev/kvm", "/dev/kvm"),
         (forbidden, "permission denied"),
     ] {
-        let script = format!("{change} && exec \"$@\"");
-        let call = case
-            .program("unshare")
-            .args(["-m", "sh", "-c", &script, "sh"]);
-        let call = call.args([caisson_tests::case::runtime()]);
-        let call = call.args(["--root".as_ref(), root.as_os_str()]);
-        let outcome = call
-            .args(["run", "-b"])
-            .args([bundle.dir()])
-            .args(["one"])
-            .finish();
+        let outcome = run_after(&case, change, &case.root(), &bundle);
         outcome.is_refusal("/dev/kvm");
         outcome.is_refusal(reason);
         case.nothing_is_left();
@@ -261,26 +255,14 @@ fn a_host_without_kvm_or_without_the_right_to_it() {
 #[test]
 fn a_full_disk_for_the_state() {
     let case = Case::begin();
-    let bundle = case.bundle();
     let disk = case.dir().join("disk");
     fs::create_dir(&disk).expect("mkdir");
     // Room for nothing: the directory's own inode is the last.
-    let script = format!(
-        "mount -t tmpfs -o size=4k,nr_inodes=3 none {0} && head -c 4096 /dev/zero > {0}/full; exec \"$@\"",
+    let full = format!(
+        "mount -t tmpfs -o size=4k,nr_inodes=3 none {0} && (head -c 4096 /dev/zero > {0}/full || true)",
         disk.display()
     );
-    let call = case
-        .program("unshare")
-        .args(["-m", "sh", "-c", &script, "sh"]);
-    let call = call
-        .args([caisson_tests::case::runtime()])
-        .args(["--root".as_ref(), disk.as_os_str()]);
-    let outcome = call
-        .args(["run", "-b"])
-        .args([bundle.dir()])
-        .args(["one"])
-        .finish();
-    outcome.is_refusal("no space left");
+    run_after(&case, &full, &disk, &case.bundle()).is_refusal("no space left");
     case.nothing_is_left();
 }
 

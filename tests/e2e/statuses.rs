@@ -1,6 +1,7 @@
 //! Exit statuses: the container's own, signals as 128 + n, and what is reported when nothing could be executed.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use caisson_tests::{Bundle, Case};
 use serde_json::json;
@@ -23,7 +24,8 @@ fn run_returns_the_programs_status() {
 
 #[test]
 fn exec_returns_every_status_from_0_to_255() {
-    let case = Case::begin();
+    // Under half a second each on an emulated processor that nobody else uses.
+    let case = Case::begin_within(Duration::from_secs(900));
     case.start(&waiting(&case), "one");
     for status in 0..=255 {
         assert_eq!(case.exec("one", &format!("exit {status}")).status, status);
@@ -157,7 +159,7 @@ fn exec_detached_returns_at_once_and_names_its_process() {
     assert_eq!(case.exec("one", "kill $(cat /tmp/pid)").status, 0);
     assert!(caisson_tests::call::wait_for_exit(
         pid,
-        std::time::Duration::from_secs(20)
+        Duration::from_secs(20)
     ));
     case.delete("one");
 }

@@ -68,15 +68,7 @@ fn a_console_socket_receives_the_terminal() {
 fn control_characters_work_in_an_exec_terminal() {
     let case = Case::begin();
     case.start(&case.bundle().args(["sleep", "1000"]), "one");
-    let (mut terminal, slave) = Terminal::open();
-    let stream = || slave.try_clone().expect("dup");
-    let shell = case
-        .call(["exec", "-t", "one", "sh"])
-        .stdin(stream())
-        .stdout(stream())
-        .stderr(stream())
-        .start();
-    drop(slave);
+    let (mut terminal, shell) = Terminal::start(case.call(["exec", "-t", "one", "sh"]));
     terminal.expect("# ");
     // What is printed is not what is typed, so the echo cannot be taken for it.
     terminal.write("sh -c 'echo rea\"\"dy; exec sleep 500'\n");

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::{Call, Running};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -38,6 +39,14 @@ impl Terminal {
             .open(name)
             .expect("slave");
         (Self::of(master), slave)
+    }
+
+    /// Starts a call with a new terminal as its three standard streams.
+    pub fn start(call: Call) -> (Self, Running) {
+        let (terminal, slave) = Self::open();
+        let stream = || slave.try_clone().expect("dup");
+        let call = call.stdin(stream()).stdout(stream()).stderr(stream());
+        (terminal, call.start())
     }
 
     /// The terminal that a runtime sends to a console socket.

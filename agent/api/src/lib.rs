@@ -40,3 +40,21 @@ pub const POWER_PORT: u16 = 0x600;
 
 /// Written to [`POWER_PORT`]: the VM ends, in good order.
 pub const POWER_OFF: u8 = 1;
+
+/// The beginnings of the names of [engines' AppArmor profiles](is_engines_apparmor_profile).
+const ENGINES_APPARMOR_PROFILES: [&str; 5] = [
+    "docker-default",
+    "containers-default",
+    "cri-containerd.apparmor.d",
+    "crio-default",
+    "nerdctl-default",
+];
+
+/// Whether an AppArmor profile is one that an engine gives to every container on a host with AppArmor. These keep a
+/// container from the host's kernel and files, which a virtual machine does better: the agent passes over them, and
+/// refuses all others.
+pub fn is_engines_apparmor_profile(name: &str) -> bool {
+    ENGINES_APPARMOR_PROFILES
+        .iter()
+        .any(|beginning| name.starts_with(beginning))
+}

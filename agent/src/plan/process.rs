@@ -5,6 +5,7 @@
 
 use super::PlanError;
 use crate::sys::SchedAttributes;
+use caisson_agent_api::is_engines_apparmor_profile;
 use oci_spec::runtime::{
     Capabilities, IOPriorityClass, LinuxPersonality, LinuxPersonalityDomain, LinuxSchedulerFlag,
     LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
@@ -182,15 +183,16 @@ pub fn plan(
     })
 }
 
-/// The guest's kernel has no such security modules. runc refuses an AppArmor profile where AppArmor is off, and skips
-/// an SELinux label where SELinux is off.
+/// The guest's kernel has no such security modules. A profile of somebody's own is a wish that would go unfulfilled;
+/// runc refuses any where AppArmor is off, and skips an SELinux label where SELinux is off.
 fn refuse_labels(process: &Process) -> Result<(), PlanError> {
-    match process.apparmor_profile().as_deref() {
-        None | Some("" | "unconfined") => Ok(()),
-        Some(_) => Err(PlanError::Unsupported {
-            feature: "process.apparmorProfile in a guest".to_owned(),
-        }),
+    let profile = process.apparmor_profile().as_deref().unwrap_or_default();
+    if matches!(profile, "" | "unconfined") || is_engines_apparmor_profile(profile) {
+        return Ok(());
     }
+    Err(PlanError::Unsupported {
+        feature: format!("process.apparmorProfile {profile:?}"),
+    })
 }
 
 /// The variables, each name once with its last value, in the order of first appearance (as Go's `os.Setenv` leaves them).
@@ -370,8 +372,14 @@ mod tests {
     }
 
     #[test]
-    fn an_apparmor_profile_is_refused_and_unconfined_is_not() {
-        assert!(run(r#","apparmorProfile":"docker-default""#).is_err());
+    fn an_apparmor_profile_is_refused_unless_every_container_has_it() {
+        let error = run(r#","apparmorProfile":"mine""#).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            r#"process.apparmorProfile "mine" is not supported"#
+        );
+        assert!(run(r#","apparmorProfile":"docker-default""#).is_ok());
+        assert!(run(r#","apparmorProfile":"containers-default-0.50.1""#).is_ok());
         assert!(run(r#","apparmorProfile":"unconfined","selinuxLabel":"x""#).is_ok());
     }
 }

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use caisson_agent_api::is_engines_apparmor_profile;
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
 use super::{BundleError, Caller, OCI_VERSION, Place, VmSection};
@@ -43,7 +44,68 @@ pub(super) fn warnings(spec: &Spec) -> Vec<String> {
     .into_iter()
     .filter(|(_, label)| label.is_some_and(|label| !label.is_empty()))
     .map(|(field, _)| format!("{field} is not applied: the guest kernel has no SELinux"));
-    labels.collect()
+    let profile = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.apparmor_profile().as_deref());
+    let apparmor = profile
+        .filter(|profile| is_engines_apparmor_profile(profile))
+        .map(|_| {
+            "process.apparmorProfile is not applied: the guest kernel has no AppArmor".to_owned()
+        });
+    labels
+        .chain(apparmor)
+        .chain(first_version_of_cgroups(spec))
+        .collect()
+}
+
+/// Settings of cgroup v1 that v2 does not have. runc leaves them out there without a word.
+fn first_version_of_cgroups(spec: &Spec) -> impl Iterator<Item = String> {
+    let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+    let memory = resources.and_then(|resources| resources.memory().as_ref());
+    let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+    let io = resources.and_then(|resources| resources.block_io().as_ref());
+    let amount = |amount: Option<i64>| amount.is_some_and(|amount| amount > 0);
+    [
+        ("memory.kernel", memory.is_some_and(|m| amount(m.kernel()))),
+        (
+            "memory.kernelTCP",
+            memory.is_some_and(|m| amount(m.kernel_tcp())),
+        ),
+        (
+            "memory.swappiness",
+            memory.is_some_and(|m| m.swappiness().is_some()),
+        ),
+        (
+            "memory.disableOOMKiller",
+            memory.is_some_and(|m| m.disable_oom_killer() == Some(true)),
+        ),
+        (
+            "cpu.realtimeRuntime",
+            cpu.is_some_and(|c| amount(c.realtime_runtime())),
+        ),
+        (
+            "cpu.realtimePeriod",
+            cpu.is_some_and(|c| c.realtime_period().is_some_and(|n| n > 0)),
+        ),
+        (
+            "blockIO.leafWeight",
+            io.is_some_and(|io| io.leaf_weight().is_some_and(|n| n > 0)),
+        ),
+        (
+            "blockIO.weightDevice",
+            io.is_some_and(|io| {
+                io.weight_device()
+                    .as_ref()
+                    .is_some_and(|all| !all.is_empty())
+            }),
+        ),
+    ]
+    .into_iter()
+    .filter(|&(_, asked)| asked)
+    .map(|(field, _)| {
+        format!("linux.resources.{field} is not applied: the guest's cgroup v2 has no such setting")
+    })
 }
 
 /// runc 1.1, `utils_linux.go`, `checkTerminal`.
@@ -563,6 +625,55 @@ mod tests {
             .map(|(terminal, detach, socket)| allowed(terminal, detach, socket))
             .collect();
         assert_eq!(table, [true, false, true, false, true, false, false, true]);
+    }
+
+    #[test]
+    fn what_has_no_effect_is_told_and_what_is_off_is_not() {
+        let warned = |pointer: &str, value: Value| {
+            let mut spec = good();
+            let (parent, key) = pointer.rsplit_once('/').unwrap();
+            spec["linux"]["resources"] = json!({"memory": {}, "cpu": {}, "blockIO": {}});
+            spec.pointer_mut(parent).unwrap()[key] = value;
+            let (spec, _) = vm::parse(spec.to_string().as_bytes()).unwrap();
+            warnings(&spec)
+        };
+        let resources = "/linux/resources";
+        for (pointer, value, off) in [
+            (
+                format!("{resources}/memory/swappiness"),
+                json!(5),
+                Value::Null,
+            ),
+            (format!("{resources}/memory/kernel"), json!(5), json!(-1)),
+            (
+                format!("{resources}/memory/disableOOMKiller"),
+                json!(true),
+                json!(false),
+            ),
+            (
+                format!("{resources}/cpu/realtimeRuntime"),
+                json!(5),
+                json!(0),
+            ),
+            (
+                format!("{resources}/blockIO/leafWeight"),
+                json!(500),
+                json!(0),
+            ),
+            (
+                "/process/apparmorProfile".to_owned(),
+                json!("docker-default"),
+                json!("unconfined"),
+            ),
+            ("/process/selinuxLabel".to_owned(), json!("x"), json!("")),
+            ("/linux/mountLabel".to_owned(), json!("x"), json!("")),
+        ] {
+            let told = warned(&pointer, value);
+            let field = pointer.trim_start_matches('/').replace('/', ".");
+            assert_eq!(told.len(), 1, "{pointer}");
+            assert!(told[0].starts_with(&field), "{}", told[0]);
+            assert!(warned(&pointer, off).is_empty(), "{pointer}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! - `memory.max`: guest memory plus [`HOST_OVERHEAD`], if the container has a memory limit.
 //! - `cpu.max`: the container's quota plus a tenth of one CPU for the VMM's io threads, if it has a quota.
-//! - `cpu.weight` from `shares`; `cpuset.cpus`, `cpuset.mems` and `io.max` as given: only the host knows these CPUs,
+//! - `cpu.weight` from `shares`, `io.weight` from `weight`; `cpuset.cpus`, `cpuset.mems` and `io.max` as given: only the host knows these CPUs,
 //!   nodes and disks.
 //! - Processes are not counted here: the container's `pids.limit` holds in the guest.
 
@@ -125,6 +125,13 @@ fn bandwidth(cpu: &LinuxCpu) -> Option<String> {
 }
 
 fn of_io(io: &LinuxBlockIo) -> Vec<Limit> {
+    let weight = io
+        .weight()
+        .filter(|&weight| weight != 0)
+        .map(|weight| Limit {
+            file: "io.weight",
+            value: io_weight(weight.into()).to_string(),
+        });
     let lists = [
         ("rbps", io.throttle_read_bps_device()),
         ("wbps", io.throttle_write_bps_device()),
@@ -134,11 +141,16 @@ fn of_io(io: &LinuxBlockIo) -> Vec<Limit> {
     let all = lists
         .into_iter()
         .flat_map(|(key, list)| list.iter().flatten().map(move |device| (key, device)));
-    all.map(|(key, device)| Limit {
+    let throttles = all.map(|(key, device)| Limit {
         file: "io.max",
         value: throttle(key, device),
-    })
-    .collect()
+    });
+    weight.into_iter().chain(throttles).collect()
+}
+
+/// cgroup v1's weight (10 to 1,000) as cgroup v2's (1 to 10,000): runc's formula.
+fn io_weight(weight: u64) -> u64 {
+    1 + (weight.clamp(10, 1_000) - 10) * 9_999 / 990
 }
 
 fn throttle(key: &str, device: &LinuxThrottleDevice) -> String {
@@ -211,10 +223,15 @@ mod tests {
     #[test]
     fn cpus_nodes_and_disks_are_limited_on_the_host() {
         let text = r#"{"cpu":{"cpus":"0-1","mems":"0"},
-            "blockIO":{"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":1000}]}}"#;
+            "blockIO":{"weight":500,"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":1000}]}}"#;
         assert_eq!(
             limits(text),
-            ["cpuset.cpus=0-1", "cpuset.mems=0", "io.max=8:0 rbps=1000"]
+            [
+                "cpuset.cpus=0-1",
+                "cpuset.mems=0",
+                "io.weight=4950",
+                "io.max=8:0 rbps=1000"
+            ]
         );
     }
 }

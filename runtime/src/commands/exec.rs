@@ -15,7 +15,7 @@ use super::{
     launch::{LaunchError, write_pid_file},
 };
 use crate::{
-    bundle::{BundleError, Caller},
+    bundle::{BundleError, Caller, capabilities},
     cli::Exec,
     control::{ControlError, attached},
     error::CommandError,
@@ -310,10 +310,13 @@ fn read_json<T: DeserializeOwned>(path: &std::path::Path) -> Result<T, ExecComma
         path: path.to_owned(),
         source,
     })?;
-    serde_json::from_slice(&bytes).map_err(|source| ExecCommandError::Json {
+    // What is unknown was told of at create.
+    let parsed = capabilities::forgive(&bytes, |text| serde_json::from_slice(text));
+    let parsed = parsed.map_err(|source| ExecCommandError::Json {
         path: path.to_owned(),
         source,
-    })
+    })?;
+    Ok(parsed.0)
 }
 
 fn json(process: &Process) -> Result<Vec<u8>, ExecCommandError> {

@@ -1,0 +1,426 @@
+//! Fields of `config.json` that the other files do not show: each is seen from inside the container, or refused by name.
+//!
+//! `docs/runtime-spec.md` names these tests, field by field. What runc 1.1 does not know yet runs on caisson alone.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use caisson_tests::mount::Tmpfs;
+use caisson_tests::{Bundle, Case};
+use serde_json::{Value, json};
+
+const TOO_NEW: &str = "runc 1.1 does not know these fields";
+
+/// The container also gets a namespace of this kind.
+fn with_namespace(spec: &mut Value, kind: &str) {
+    let namespaces = spec["linux"]["namespaces"]
+        .as_array_mut()
+        .expect("namespaces");
+    namespaces.push(json!({"type": kind}));
+}
+
+/// A cgroup namespace of its own, and the hierarchy in it.
+fn with_cgroup_mount(spec: &mut Value) {
+    let mounts = spec["mounts"].as_array_mut().expect("mounts");
+    mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+    mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+    let namespaces = spec["linux"]["namespaces"]
+        .as_array_mut()
+        .expect("namespaces");
+    namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    with_namespace(spec, "cgroup");
+}
+
+#[test]
+fn a_read_only_root_first_gets_the_mount_points_and_the_directory_that_it_lacks() {
+    let case = Case::begin();
+    let file = case.dir().join("file");
+    fs::write(&file, "from outside\n").expect("write");
+    let bundle = case.bundle().script("pwd; cat /new/file; echo x > /new/deep/x; echo $?; (echo x > /here) 2>&1; (echo x > here) 2>&1");
+    let bundle = bundle.edit(|spec| {
+        spec["root"]["readonly"] = json!(true);
+        spec["process"]["cwd"] = json!("/work/deep");
+        let mounts = spec["mounts"].as_array_mut().expect("mounts");
+        mounts.push(json!({"destination": "/new/deep", "type": "tmpfs", "source": "tmpfs"}));
+        mounts.push(json!({"destination": "/new/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
+    });
+    let outcome = case.run(&bundle);
+    let lines: Vec<&str> = outcome.text().lines().collect();
+    assert_eq!(
+        lines[..3],
+        ["/work/deep", "from outside", "0"],
+        "{outcome:?}"
+    );
+    assert_eq!(lines.len(), 5, "{outcome:?}");
+    assert!(
+        lines[3..]
+            .iter()
+            .all(|line| line.contains("Read-only file system")),
+        "{outcome:?}"
+    );
+    // As with runc they stay.
+    assert!(bundle.rootfs("work/deep").is_dir() && bundle.rootfs("new/deep").is_dir());
+    assert_eq!(
+        fs::metadata(bundle.rootfs("new/file"))
+            .expect("a mount point")
+            .len(),
+        0
+    );
+    assert!(!bundle.rootfs("here").exists());
+}
+
+#[test]
+fn a_capability_that_nobody_knows_is_warned_of_and_left_out() {
+    let case = Case::begin();
+    let capabilities = json!(["CAP_KILL", "CAP_NO_SUCH_THING"]);
+    let bundle = case
+        .bundle()
+        .script("grep CapBnd /proc/self/status; exec sleep 1000")
+        .edit(|spec| {
+            for set in ["bounding", "effective", "permitted"] {
+                spec["process"]["capabilities"][set] = capabilities.clone();
+            }
+            spec["process"]["capabilities"]["ambient"] = json!([]);
+            spec["process"]["capabilities"]["inheritable"] = json!([]);
+        });
+    let out = case.dir().join("out");
+    let created = case
+        .create_call(&bundle, "one")
+        .stdout(fs::File::create(&out).expect("create"))
+        .succeed();
+    assert!(created.stderr.contains("CAP_NO_SUCH_THING"), "{created:?}");
+    assert!(created.stderr.contains("level=warning"), "{created:?}");
+    case.call(["start", "one"]).succeed();
+    let exec = case.exec("one", "grep CapBnd /proc/self/status");
+    assert_eq!(exec.text(), "CapBnd:\t0000000000000020\n", "{exec:?}");
+    assert_eq!(fs::read_to_string(out).expect("read"), exec.text());
+    case.delete("one");
+}
+
+#[test]
+fn an_engines_own_apparmor_profile_is_left_to_the_virtual_machine_and_others_are_refused() {
+    let Some(case) = Case::begin_with_vm("runc asks the host's AppArmor") else {
+        return;
+    };
+    let with = |name: &str, profile: &str| {
+        let bundle = case.bundle_in(name).args(["echo", "here"]);
+        bundle.edit(|spec| spec["process"]["apparmorProfile"] = json!(profile))
+    };
+    let outcome = case.run(&with("docker", "docker-default"));
+    assert_eq!(
+        (outcome.status, outcome.text()),
+        (0, "here\n"),
+        "{outcome:?}"
+    );
+    assert!(
+        outcome
+            .stderr
+            .contains("process.apparmorProfile is not applied"),
+        "{outcome:?}"
+    );
+    let outcome = case.run(&with("own", "my-profile"));
+    outcome.is_refusal("process.apparmorProfile \\\"my-profile\\\" is not supported");
+    case.nothing_is_left();
+}
+
+#[test]
+fn unknown_properties_are_ignored_as_the_specification_says() {
+    let case = Case::begin();
+    let bundle = case.bundle().args(["echo", "here"]).edit(|spec| {
+        for place in ["", "/process", "/linux", "/root", "/process/user"] {
+            spec.pointer_mut(place).expect(place)["org.example.unknown"] =
+                json!({"of": ["any", "shape"]});
+        }
+    });
+    let outcome = case.run(&bundle);
+    assert_eq!(
+        (outcome.status, outcome.text()),
+        (0, "here\n"),
+        "{outcome:?}"
+    );
+}
+
+#[test]
+fn scheduling_personality_names_and_clocks_are_the_containers_own() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let script = "cut -d' ' -f19,41 /proc/self/stat; ionice -p $$; uname -m; cat /proc/sys/kernel/domainname; \
+                  cut -d. -f1 /proc/uptime; exec sleep 1000";
+    let bundle = case.bundle().script(script).edit(|spec| {
+        spec["domainname"] = json!("example.org");
+        spec["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 5});
+        spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+        spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000}});
+        with_namespace(spec, "time");
+    });
+    let out = case.dir().join("out");
+    let call = case.create_call(&bundle, "one");
+    call.stdout(fs::File::create(&out).expect("create"))
+        .succeed();
+    case.call(["start", "one"]).succeed();
+    let exec = case.exec("one", "uname -m; cut -d. -f1 /proc/uptime");
+    case.delete("one");
+    let text = fs::read_to_string(out).expect("read");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines[..4],
+        ["5 3", "best-effort: prio 6", "i686", "example.org"],
+        "{text}"
+    );
+    let uptime = |line: &str| line.parse::<u64>().expect("seconds");
+    assert!((1_000_000..1_001_000).contains(&uptime(lines[4])), "{text}");
+    let lines: Vec<&str> = exec.text().lines().collect();
+    assert_eq!(lines[0], "i686", "{exec:?}");
+    assert!(uptime(lines[1]) >= 1_000_000, "{exec:?}");
+}
+
+#[test]
+fn unified_settings_have_the_last_word() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .script("cd /sys/fs/cgroup; cat memory.high pids.max")
+        .edit(|spec| {
+            with_cgroup_mount(spec);
+            spec["linux"]["resources"]["pids"] = json!({"limit": 20});
+            spec["linux"]["resources"]["unified"] =
+                json!({"memory.high": "134217728", "pids.max": "33"});
+        });
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.text(), "134217728\n33\n", "{outcome:?}");
+}
+
+#[test]
+fn idle_and_burst_of_the_cpu_hold_in_the_guest() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let bundle = case
+        .bundle()
+        .script("cd /sys/fs/cgroup; cat cpu.idle cpu.max cpu.max.burst")
+        .edit(|spec| {
+            with_cgroup_mount(spec);
+            spec["linux"]["resources"]["cpu"] =
+                json!({"idle": 1, "quota": 50_000, "period": 100_000, "burst": 20_000});
+        });
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.text(), "1\n50000 100000\n20000\n", "{outcome:?}");
+}
+
+#[test]
+fn a_user_namespace_maps_identities_on_the_shared_files() {
+    let case = Case::begin();
+    let script = "cat /proc/self/uid_map | tr -s ' '; id -u; id -g; touch /made; stat -c '%u %g' /made /bin/busybox";
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    let bundle = case.bundle().script(script).edit(|spec| {
+        with_namespace(spec, "user");
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping;
+    });
+    let own = case.program("chown").args(["-R", "100000:100000"]);
+    own.args([bundle.rootfs("")]).succeed();
+    let outcome = case.run(&bundle);
+    let lines: Vec<&str> = outcome.text().lines().map(str::trim).collect();
+    assert_eq!(
+        lines,
+        ["0 100000 65536", "0", "0", "0 0", "0 0"],
+        "{outcome:?}"
+    );
+    let made = fs::metadata(bundle.rootfs("made")).expect("made");
+    assert_eq!((made.uid(), made.gid()), (100_000, 100_000));
+}
+
+#[test]
+fn recursive_attributes_reach_the_mounts_below() {
+    let case = Case::begin();
+    let outer = Tmpfs::mount(&case.dir().join("outer"));
+    let inner = Tmpfs::mount(&outer.dir().join("inner"));
+    fs::copy("/bin/busybox", inner.dir().join("busybox")).expect("copy");
+    let source = outer.dir().to_str().expect("text");
+    let script = "for d in all top; do for f in $d/x $d/inner/x; do (echo > /$f) 2>/dev/null && echo $f can be written; done; \
+                  /$d/inner/busybox echo $d runs 2>/dev/null; done; true";
+    let bundle = case
+        .bundle()
+        .script(script)
+        .mount(source, "/all", &["rbind", "rro", "rnoexec"])
+        .mount(source, "/top", &["rbind"]);
+    let outcome = case.run(&bundle);
+    assert_eq!(
+        outcome.text(),
+        "top/x can be written\ntop/inner/x can be written\ntop runs\n",
+        "{outcome:?}"
+    );
+    drop(inner);
+}
+
+#[test]
+fn the_roots_propagation_is_as_asked() {
+    let Some(case) = Case::begin_with_vm("runc 1.1 applies it to the root before pivot_root")
+    else {
+        return;
+    };
+    for (word, is_shared) in [("shared", true), ("private", false)] {
+        let bundle = case
+            .bundle_in(word)
+            .script("awk '$5 == \"/\"' /proc/self/mountinfo");
+        let bundle = bundle.edit(|spec| spec["linux"]["rootfsPropagation"] = json!(word));
+        let outcome = case.run(&bundle);
+        assert_eq!(
+            outcome.text().contains(" shared:"),
+            is_shared,
+            "{word}: {outcome:?}"
+        );
+    }
+}
+
+#[test]
+fn devices_are_made_as_listed_and_opened_as_allowed() {
+    let case = Case::begin();
+    let script = "stat -c '%a %u %g %t:%T' /dev/mine; echo x > /dev/mine && echo open; (echo x > /dev/denied) 2>&1";
+    let bundle = case.bundle().script(script).edit(|spec| {
+        let node = |path, minor| json!({"path": path, "type": "c", "major": 1, "minor": minor, "fileMode": 0o640, "uid": 7, "gid": 8});
+        spec["linux"]["devices"] = json!([node("/dev/mine", 3), node("/dev/denied", 11)]);
+        spec["linux"]["resources"]["devices"] = json!([{"allow": false, "access": "rwm"}]);
+        let capabilities = &mut spec["process"]["capabilities"];
+        for set in ["bounding", "effective", "permitted"] {
+            capabilities[set] = json!(["CAP_DAC_OVERRIDE"]);
+        }
+    });
+    let outcome = case.run(&bundle);
+    let lines: Vec<&str> = outcome.text().lines().collect();
+    assert_eq!(lines[..2], ["640 7 8 1:3", "open"], "{outcome:?}");
+    assert!(lines[2].contains("Operation not permitted"), "{outcome:?}");
+}
+
+#[test]
+fn sysctls_of_the_containers_namespaces_are_set_and_others_refused() {
+    let case = Case::begin();
+    let bundle = case
+        .bundle()
+        .script("cat /proc/sys/net/core/somaxconn /proc/sys/kernel/msgmax")
+        .edit(|spec| {
+            spec["linux"]["sysctl"] = json!({"net.core.somaxconn": "777", "kernel.msgmax": "4242"});
+        });
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.text(), "777\n4242\n", "{outcome:?}");
+    let bundle = bundle.edit(|spec| spec["linux"]["sysctl"] = json!({"vm.swappiness": "1"}));
+    case.run(&bundle)
+        .is_refusal("is not in a separate kernel namespace");
+    case.nothing_is_left();
+}
+
+/// A hook that leaves what it is told on standard input in a file.
+fn telling(program: &str, file: &str) -> Value {
+    json!([{"path": program, "args": ["sh", "-c", format!("read -r state; echo \"$WORD $state\" > {file}")], "env": ["WORD=spoken"]}])
+}
+
+#[track_caller]
+fn was_told(bundle: &Bundle, file: &str, status: &str) {
+    let text = fs::read_to_string(bundle.rootfs(file)).expect("the hook did not run");
+    let state = text
+        .strip_prefix("spoken ")
+        .expect("the hook's environment");
+    let state: Value = serde_json::from_str(state).expect("the state is JSON");
+    assert_eq!(state["status"], status, "{state}");
+    assert_eq!(state["bundle"], json!(bundle.dir()), "{state}");
+}
+
+#[test]
+fn a_start_container_hook_runs_in_the_container_and_is_told_the_state() {
+    let case = Case::begin();
+    let hook = telling("/bin/sh", "/told");
+    let bundle = case
+        .bundle()
+        .script("echo program")
+        .edit(|spec| spec["hooks"] = json!({"startContainer": hook}));
+    let outcome = case.run(&bundle);
+    assert_eq!(
+        (outcome.status, outcome.text()),
+        (0, "program\n"),
+        "{outcome:?}"
+    );
+    was_told(&bundle, "told", "created");
+    let failing =
+        json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo in its own words >&2; exit 3"]}]);
+    let bundle = bundle.edit(|spec| spec["hooks"]["startContainer"] = failing);
+    case.run(&bundle).is_refusal("in its own words");
+    case.nothing_is_left();
+}
+
+#[test]
+fn a_create_container_hook_runs_in_the_guest_by_a_path_of_the_guest() {
+    let Some(case) = Case::begin_with_vm("a path of the host's, with runc") else {
+        return;
+    };
+    let guests_view = "/run/caisson/share/run/rootfs";
+    let hook = telling(
+        &format!("{guests_view}/bin/sh"),
+        &format!("{guests_view}/told"),
+    );
+    let bundle = case
+        .bundle()
+        .edit(|spec| spec["hooks"] = json!({"createContainer": hook}));
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.status, 0, "{outcome:?}");
+    was_told(&bundle, "told", "creating");
+    let bundle = bundle
+        .edit(|spec| spec["hooks"]["createContainer"][0]["path"] = json!("/usr/bin/of-the-host"));
+    case.run(&bundle).is_refusal("/usr/bin/of-the-host");
+    case.nothing_is_left();
+}
+
+#[test]
+fn what_a_machine_cannot_give_is_refused_by_name() {
+    let Some(case) = Case::begin_with_vm("runc can, or does not know them") else {
+        return;
+    };
+    let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+    let idmapped = json!([{"destination": "/m", "type": "bind", "source": "/etc", "options": ["bind"], "uidMappings": mapping, "gidMappings": mapping}]);
+    let notify = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/listener",
+        "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]});
+    let net = json!([{"type": "network"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]);
+    for (pointer, field, value, words) in [
+        (
+            "/linux",
+            "intelRdt",
+            json!({"closID": "x"}),
+            "linux.intelRdt",
+        ),
+        (
+            "/linux",
+            "netDevices",
+            json!({"eth0": {}}),
+            "linux.netDevices",
+        ),
+        (
+            "/linux",
+            "memoryPolicy",
+            json!({"mode": "MPOL_BIND", "nodes": "0"}),
+            "linux.memoryPolicy",
+        ),
+        (
+            "/process",
+            "execCPUAffinity",
+            json!({"initial": "0"}),
+            "process.execCPUAffinity",
+        ),
+        ("/linux", "namespaces", net, "a path for the ipc namespace"),
+        (
+            "/linux/resources",
+            "rdma",
+            json!({"mlx5_1": {"hcaHandles": 3}}),
+            "linux.resources.rdma",
+        ),
+        ("/linux", "seccomp", notify, "SCMP_ACT_NOTIFY"),
+        ("", "mounts", idmapped, "id-mapped mount"),
+    ] {
+        let bundle = case.bundle_in(words.rsplit(['.', ' ']).next().unwrap_or(words));
+        let bundle = bundle.edit(|spec| spec.pointer_mut(pointer).expect(pointer)[field] = value);
+        let outcome = case.run(&bundle);
+        outcome.is_refusal(words);
+        outcome.is_refusal("not supported");
+        case.nothing_is_left();
+    }
+}
