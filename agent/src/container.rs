@@ -4,6 +4,7 @@
 //! any of them becomes Stopped when init ends. Only [`Container`]'s methods move them; the service calls those.
 
 use crate::cgroup::{Cgroup, CgroupError, HIERARCHY};
+use crate::guest::GuestError;
 use crate::network::{self, NetworkError};
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
@@ -31,6 +32,8 @@ pub(crate) enum ContainerError {
     Process(#[from] ProcessError),
     #[error(transparent)]
     Network(#[from] NetworkError),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
     #[error("connect the standard streams")]
     Streams(#[source] io::Error),
     #[error("cannot {action} a container that is {state}")]

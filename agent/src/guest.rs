@@ -8,10 +8,11 @@
 use crate::plan::mounts::{AttributePlan, attribute};
 use crate::socket::Dial;
 use crate::{cgroup, error_line, sys};
-use caisson_agent_api::{HOST_CID, SHARE_MOUNT, SHARE_TAG};
+use caisson_agent_api::{HOST_CID, SHARE_MOUNT, SHARE_TAG, SHM_MOUNT};
 use rustix::fs::CWD;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 use rustix::process::{Resource, Rlimit, chroot, fchdir, setrlimit};
+use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::{fs, io};
@@ -66,6 +67,14 @@ pub fn prepare() -> Result<(), GuestError> {
     setrlimit(Resource::Nofile, OPEN_FILES).map_err(step("raise the limit of open files"))?;
     cgroup::delegate_all(Path::new(cgroup::HIERARCHY)).map_err(step("enable the controllers"))?;
     sys::loopback_up().map_err(step("set the loopback interface up"))
+}
+
+/// Mounts the memory that the containers of this sandbox share.
+pub(crate) fn share_memory(bytes: u64) -> Result<(), GuestError> {
+    let options = CString::new(format!("mode=1777,size={bytes}"))
+        .map_err(step("size the sandbox's shared memory"))?;
+    mount("shm", SHM_MOUNT, "tmpfs", SAFE, Some(options.as_c_str()))
+        .map_err(step("mount the sandbox's shared memory"))
 }
 
 /// pivot_root refuses the initial root as the old one: a bind of it is put on top, and becomes this process's root. It is

@@ -6,6 +6,7 @@
 
 use crate::container::{Container, ContainerError, Workshop};
 use crate::error_line;
+use crate::guest;
 use crate::process::ProcessError;
 use crate::reaper::Reaper;
 use crate::socket::{Dial, Socket};
@@ -34,6 +35,8 @@ struct Service {
     workshop: Workshop,
     // No await while it is held.
     containers: Mutex<Containers>,
+    /// Whether the containers' shared memory is mounted. No await while it is held.
+    shares_memory: Mutex<bool>,
     shutdown: Arc<Notify>,
 }
 
@@ -54,6 +57,7 @@ fn code(error: &ContainerError) -> Code {
         ContainerError::Cgroup(_)
         | ContainerError::Network(_)
         | ContainerError::Process(_)
+        | ContainerError::Guest(_)
         | ContainerError::Streams(_) => Code::INTERNAL,
     }
 }
@@ -104,10 +108,24 @@ impl Service {
         }
         self.containers().insert(id.clone(), None);
         let claim = Claim { service: self, id };
+        self.share_memory(request.shared_memory_bytes)?;
         let container = Container::create(&self.workshop, &request).await?;
         let pid = container.init.pid;
         claim.keep(Arc::new(container));
         Ok(pid)
+    }
+
+    /// Mounts the shared memory if it is asked for and not there yet.
+    fn share_memory(&self, bytes: u64) -> Result<(), ContainerError> {
+        let mut is_there = self
+            .shares_memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if bytes > 0 && !*is_there {
+            guest::share_memory(bytes)?;
+            *is_there = true;
+        }
+        Ok(())
     }
 
     async fn delete(&self, id: &str) -> Result<(), ContainerError> {
@@ -362,6 +380,7 @@ async fn serve(mut control: Socket, dial: impl Dial) -> ttrpc::Result<()> {
             dial: Box::new(dial),
         },
         containers: Mutex::default(),
+        shares_memory: Mutex::default(),
         shutdown: Arc::clone(&shutdown),
     };
     let connection = stream::once(async { Ok::<_, io::Error>(control) });

@@ -16,6 +16,8 @@ const DIRECTORIES: [&str; 7] = [
     "run/caisson/root",
     // The sandbox's shared directory (caisson-agent-api, SHARE_MOUNT).
     "run/caisson/share",
+    // Memory that the containers of a pod share (caisson-agent-api, SHM_MOUNT).
+    "run/caisson/shm",
 ];
 
 /// The kernel opens /dev/console for PID 1 and complains, byte by byte over the emulated port, when it cannot: there is

@@ -116,6 +116,7 @@ impl Agent {
         bundle: &str,
         ports: &StreamPorts,
         network: Network,
+        shared_memory_bytes: u64,
     ) -> Result<u32, AgentError> {
         let call = "create the container";
         let request = CreateContainerRequest {
@@ -125,6 +126,7 @@ impl Agent {
             stdio: Some(stdio(ports)).into(),
             preserved_ports: ports.preserved.clone(),
             network: Some(network).into(),
+            shared_memory_bytes,
             ..Default::default()
         };
         let answer = answered(call, SET_UP, |context| {

@@ -35,6 +35,9 @@ pub const SHARE_TAG: &str = "caisson";
 /// absolute paths below it.
 pub const SHARE_MOUNT: &str = "/run/caisson/share";
 
+/// Where the memory is that the containers of a sandbox share as their /dev/shm.
+pub const SHM_MOUNT: &str = "/run/caisson/shm";
+
 /// The VMM's control register: a byte-wide output port. See [`POWER_OFF`].
 pub const POWER_PORT: u16 = 0x600;
 

@@ -182,6 +182,7 @@ pub(super) async fn create(
             u32::try_from(streams.preserved.len()).unwrap_or(0),
         ),
         network: Default::default(),
+        shared_memory_bytes: None,
     };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
     let inside = joining.finish()?;

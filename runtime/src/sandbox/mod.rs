@@ -135,6 +135,8 @@ pub struct CreateRequest {
     pub wanted: Wanted,
     /// Its network, beyond loopback.
     pub network: Network,
+    /// The size of the memory that the sandbox's containers share, if it uses it. The first one decides.
+    pub shared_memory_bytes: Option<u64>,
 }
 
 /// One more process for a container.

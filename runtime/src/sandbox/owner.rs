@@ -312,7 +312,14 @@ impl Owner {
         self.task(async move {
             let result = async {
                 let pid = agent
-                    .create(&id, request.spec, &request.bundle, &ports, request.network)
+                    .create(
+                        &id,
+                        request.spec,
+                        &request.bundle,
+                        &ports,
+                        request.network,
+                        request.shared_memory_bytes.unwrap_or(0),
+                    )
                     .await?;
                 Ok(Started {
                     pid,

@@ -3,8 +3,10 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
+
+use tokio::sync;
 
 use super::{error::TaskError, process::Process, rootfs::Rootfs};
 use crate::{
@@ -13,6 +15,7 @@ use crate::{
     monitor::{HostHooks, hook_state},
     sandbox::Sandbox,
     state::{State, Status},
+    update::Limits,
 };
 
 /// One container.
@@ -28,6 +31,10 @@ pub(super) struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     rootfs: Mutex<Option<Rootfs>>,
     hooks: Hooks,
+    /// Held while they are changed.
+    pub(super) limits: sync::Mutex<Limits>,
+    /// containerd has been told that memory ran out.
+    pub(super) told_of_oom: AtomicBool,
 }
 
 /// A container's hooks on the host and what they are told.
@@ -44,6 +51,7 @@ impl Container {
         init: Process,
         rootfs: Rootfs,
         hooks: Hooks,
+        limits: Limits,
     ) -> Self {
         Self {
             id: hooks.state.id.as_str().to_owned(),
@@ -53,6 +61,8 @@ impl Container {
             execs: Mutex::default(),
             rootfs: Mutex::new(Some(rootfs)),
             hooks,
+            limits: sync::Mutex::new(limits),
+            told_of_oom: AtomicBool::new(false),
         }
     }
 

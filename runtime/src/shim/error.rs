@@ -20,6 +20,7 @@ use crate::{
     share::ShareError,
     sizing::SizingError,
     state::StateError,
+    update::UpdateError,
 };
 
 /// Why a task call failed.
@@ -69,6 +70,8 @@ pub(super) enum TaskError {
     Hook(#[from] HookError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    #[error(transparent)]
+    Update(#[from] UpdateError),
     #[error("write the guest's specification")]
     Spec(#[source] serde_json::Error),
     #[error("{step}")]
@@ -94,7 +97,7 @@ impl TaskError {
             Self::Nonsense(_) | Self::OtherSandbox(_) | Self::Id(_) | Self::Role(_) => {
                 Code::INVALID_ARGUMENT
             }
-            Self::Bundle(_) | Self::Sizing(_) => Code::INVALID_ARGUMENT,
+            Self::Bundle(_) | Self::Sizing(_) | Self::Update(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Ending => Code::UNAVAILABLE,
             Self::Sandbox(error) => sandbox_code(error),

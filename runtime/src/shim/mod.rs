@@ -23,6 +23,7 @@ mod error;
 mod events;
 mod info;
 mod logger;
+mod metrics;
 mod pod;
 mod process;
 mod rootfs;

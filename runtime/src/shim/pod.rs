@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_agent_api::SHM_MOUNT;
 use oci_spec::runtime::{
     LinuxCpuBuilder, LinuxMemoryBuilder, LinuxNamespaceType, LinuxResources, Mount, Spec,
 };
@@ -148,19 +149,23 @@ pub(super) fn summed_up(spec: &Spec) -> Spec {
     sized
 }
 
-/// Makes a sandbox's /dev/shm a tmpfs of the guest, as large as the one on the host that it replaces.
-pub(super) fn own_shared_memory(spec: &mut Spec, size_of: impl Fn(&Path) -> Option<u64>) {
-    let Some((_, mount)) = shared_memory(spec) else {
-        return;
+/// Points a container's /dev/shm, whose specification is already split into guest's and host's part, at the memory that
+/// the pod's containers share in the guest. Answers how large it is to be: as large as the one on the host that it
+/// replaces, by `size_of`.
+pub(super) fn share_memory(
+    guest: &mut Spec,
+    files: &mut HostFiles,
+    size_of: impl Fn(&Path) -> Option<u64>,
+) -> Option<u64> {
+    let mounts = guest.mounts_mut().as_mut()?;
+    let is_shared = |mount: &Mount| {
+        mount.destination() == Path::new(SHM) && mount.typ().as_deref() == Some("bind")
     };
-    let host = mount.source().as_deref().and_then(size_of);
-    let size = host.unwrap_or(DEFAULT_SHM_BYTES);
-    let options = ["nosuid", "nodev", "noexec", "mode=1777"].map(str::to_owned);
-    let size = format!("size={size}");
-    mount
-        .set_typ(Some("tmpfs".into()))
-        .set_source(Some("shm".into()))
-        .set_options(Some(options.into_iter().chain([size]).collect()));
+    let index = mounts.iter().position(is_shared)?;
+    mounts.get_mut(index)?.set_source(Some(SHM_MOUNT.into()));
+    let replaced = files.binds.iter().position(|bind| bind.index == index)?;
+    let host = files.binds.remove(replaced).source;
+    Some(size_of(&host).unwrap_or(DEFAULT_SHM_BYTES))
 }
 
 /// The namespaces of a member that are its pod's.
@@ -180,26 +185,18 @@ pub(super) fn joins(spec: &Spec) -> Vec<LinuxNamespaceType> {
         .collect()
 }
 
-/// Points a member's specification, already split into guest's and host's part, at the sandbox's process in the guest.
-pub(super) fn join(
-    guest: &mut Spec,
-    files: &mut HostFiles,
-    joins: &[LinuxNamespaceType],
-    sandbox_pid: u32,
-) {
-    let process = PathBuf::from(format!("/proc/{sandbox_pid}"));
-    if let Some(linux) = guest.linux_mut() {
-        for namespace in linux.namespaces_mut().iter_mut().flatten() {
-            if joins.contains(&namespace.typ())
-                && let Some(name) = file_of(namespace.typ())
-            {
-                namespace.set_path(Some(process.join("ns").join(name)));
-            }
+/// Points the namespaces of a member, in the guest's part of its specification, at the sandbox's process in the guest.
+pub(super) fn join(guest: &mut Spec, joins: &[LinuxNamespaceType], sandbox_pid: u32) {
+    let Some(linux) = guest.linux_mut() else {
+        return;
+    };
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        if joins.contains(&namespace.typ())
+            && let Some(name) = file_of(namespace.typ())
+        {
+            let path = format!("/proc/{sandbox_pid}/ns/{name}");
+            namespace.set_path(Some(path.into()));
         }
-    }
-    if let Some((index, mount)) = shared_memory(guest) {
-        mount.set_source(Some(process.join("root/dev/shm")));
-        files.binds.retain(|bind| bind.index != index);
     }
 }
 
@@ -212,14 +209,6 @@ const fn file_of(kind: LinuxNamespaceType) -> Option<&'static str> {
         LinuxNamespaceType::Pid => Some("pid"),
         _ => None,
     }
-}
-
-/// The bind mount of the pod's shared memory, and its place among the mounts.
-fn shared_memory(spec: &mut Spec) -> Option<(usize, &mut Mount)> {
-    let mounts = spec.mounts_mut().as_mut()?;
-    mounts.iter_mut().enumerate().find(|(_, mount)| {
-        mount.destination() == Path::new(SHM) && mount.typ().as_deref() == Some("bind")
-    })
 }
 
 #[cfg(test)]
@@ -303,8 +292,12 @@ mod tests {
         }));
         let joined = joins(&member);
         let (mut guest, mut files) = crate::guest_spec::split("c", Path::new("/b"), member);
+        join(&mut guest, &joined, 41);
         assert_eq!(files.binds.len(), 1);
-        join(&mut guest, &mut files, &joined, 41);
+        assert_eq!(
+            share_memory(&mut guest, &mut files, |_| None),
+            Some(64 << 20)
+        );
         assert!(files.binds.is_empty());
         let value = serde_json::to_value(&guest).unwrap();
         let path = |n: usize| value["linux"]["namespaces"][n]["path"].clone();
@@ -313,21 +306,31 @@ mod tests {
         assert_eq!(path(2), "/proc/41/ns/uts");
         assert_eq!(path(3), "/proc/41/ns/net");
         assert_eq!(path(4), Value::Null);
-        assert_eq!(value["mounts"][0]["source"], "/proc/41/root/dev/shm");
+        assert_eq!(value["mounts"][0]["source"], "/run/caisson/shm");
     }
 
     #[test]
-    fn a_sandboxs_shared_memory_is_the_guests_and_as_large_as_the_hosts() {
-        let mount = json!({"destination": "/dev/shm", "type": "bind", "source": "/run/shm", "options": ["rbind"]});
-        let mut sandbox = spec(json!({"ociVersion": "1.0.2", "mounts": [mount]}));
-        own_shared_memory(&mut sandbox, |path| {
-            (path == Path::new("/run/shm")).then_some(4096)
-        });
-        let mount = &serde_json::to_value(&sandbox).unwrap()["mounts"][0];
-        assert_eq!(mount["type"], "tmpfs");
-        assert_eq!(
-            mount["options"],
-            json!(["nosuid", "nodev", "noexec", "mode=1777", "size=4096"])
-        );
+    fn a_pods_shared_memory_is_the_guests_and_as_large_as_the_hosts() {
+        let mounts = json!([
+            {"destination": "/data", "type": "bind", "source": "/data"},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/shm", "options": ["rbind", "ro"]},
+        ]);
+        let sandbox = spec(json!({"ociVersion": "1.0.2", "mounts": mounts}));
+        let (mut guest, mut files) = crate::guest_spec::split("c", Path::new("/b"), sandbox);
+        let size_of = |path: &Path| (path == Path::new("/run/shm")).then_some(4096);
+        assert_eq!(share_memory(&mut guest, &mut files, size_of), Some(4096));
+        assert_eq!(files.binds.len(), 1);
+        let mount = &serde_json::to_value(&guest).unwrap()["mounts"][1];
+        assert_eq!(mount["source"], "/run/caisson/shm");
+        assert_eq!(mount["options"], json!(["rbind", "ro"]));
+    }
+
+    #[test]
+    fn a_container_without_shared_memory_asks_for_none() {
+        let plain = spec(json!({"ociVersion": "1.0.2", "mounts": [
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"},
+        ]}));
+        let (mut guest, mut files) = crate::guest_spec::split("c", Path::new("/b"), plain);
+        assert_eq!(share_memory(&mut guest, &mut files, |_| Some(1)), None);
     }
 }

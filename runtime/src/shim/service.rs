@@ -15,6 +15,7 @@ use containerd_shim_protos::{
 use super::{
     error::TaskError,
     info::RUNTIME,
+    metrics::metrics,
     process::{Ended, timestamp},
     stdio::Paths,
     tasks::{Report, Tasks},
@@ -205,6 +206,30 @@ impl Task for Service {
             exited_at: Some(timestamp(at)).into(),
             ..Default::default()
         })
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::StatsRequest,
+    ) -> ttrpc::Result<api::StatsResponse> {
+        let stats = self.0.stats(&request.id).await?;
+        Ok(api::StatsResponse {
+            stats: Some(metrics(&stats)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateTaskRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let update = async move |tasks: Arc<Tasks>| {
+            let resources = request.resources.into_option().unwrap_or_default();
+            tasks.update(&request.id, &resources.value).await
+        };
+        self.run(update).await.map(done)
     }
 
     async fn connect(

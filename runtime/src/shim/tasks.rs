@@ -9,7 +9,7 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -35,6 +35,7 @@ use crate::{
     agent::{AgentError, RefusalKind},
     sandbox::{Event, ExecRequest, INIT, LOST, Refused, Sandbox, SandboxError},
     state::Status,
+    stats::Stats,
 };
 
 pub(super) mod create;
@@ -146,6 +147,7 @@ impl Tasks {
         self.publisher
             .publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
         let init = Arc::clone(&container.init);
+        self.watch_memory(Arc::clone(&container));
         self.watch(container, init, flowing);
         Ok(self.pid())
     }
@@ -329,6 +331,33 @@ impl Tasks {
         Ok(self.container(id)?.sandbox.processes(id).await?)
     }
 
+    /// What a container uses, by the guest's count.
+    pub(super) async fn stats(&self, id: &str) -> Result<Stats, TaskError> {
+        Ok(self.container(id)?.sandbox.stats(id).await?)
+    }
+
+    /// Changes a container's limits: a `linux.resources` object. All or nothing. The sandbox's cgroup follows where the
+    /// sandbox is this container's alone; a pod's is its engine's.
+    pub(super) async fn update(&self, id: &str, resources: &[u8]) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let resources =
+            std::str::from_utf8(resources).map_err(|_| TaskError::Nonsense("the resources"))?;
+        let mut limits = container.limits.lock().await;
+        let change = limits.change(resources)?;
+        let cgroup = self.pod().as_ref().and_then(|pod| pod.cgroup_of(id));
+        let before = match &cgroup {
+            Some(cgroup) => cgroup.change(&change.host)?,
+            None => Vec::new(),
+        };
+        let changed = container.sandbox.update(id, change.guest).await;
+        if let (Err(_), Some(cgroup)) = (&changed, &cgroup) {
+            cgroup.change_back(&before);
+        }
+        changed?;
+        *limits = change.limits;
+        Ok(())
+    }
+
     /// Waits for a process's end.
     pub(super) async fn wait(&self, id: &str, exec_id: &str) -> Result<Ended, TaskError> {
         let process = self.container(id)?.process(exec_id)?;
@@ -453,14 +482,8 @@ impl Tasks {
                     .log
                     .error(&format!("container {}: {why}", container.id));
             }
-            if ending.oom_killed {
-                let event = TaskOOM {
-                    container_id: container.id.clone(),
-                    ..Default::default()
-                };
-                tasks
-                    .publisher
-                    .publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+            if ending.oom_killed && !container.told_of_oom.load(Ordering::Relaxed) {
+                tasks.tell_of_oom(&container);
             }
             let ended = Ended {
                 status: ending.status,
@@ -483,6 +506,29 @@ impl Tasks {
                 .publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
             process.end(ended);
         });
+    }
+
+    /// Tells of every process that the kernel kills for want of memory, as it happens.
+    fn watch_memory(self: &Arc<Self>, container: Arc<Container>) {
+        let tasks = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut seen = 0;
+            while let Ok(count) = container.sandbox.out_of_memory(&container.id, seen).await {
+                seen = count;
+                if container.init.ended().is_none() {
+                    tasks.tell_of_oom(&container);
+                }
+            }
+        });
+    }
+
+    fn tell_of_oom(&self, container: &Container) {
+        container.told_of_oom.store(true, Ordering::Relaxed);
+        let event = TaskOOM {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
+        self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {

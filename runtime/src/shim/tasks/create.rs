@@ -33,6 +33,7 @@ use crate::{
     },
     sizing::{self, Host, VmSize},
     state::{ContainerId, State, Status, timestamp},
+    update::Limits,
 };
 
 /// A virtual machine and its host side.
@@ -44,6 +45,8 @@ pub(crate) struct Pod {
     /// Unmounted when dropped.
     pub(super) share: Share,
     cgroup: PathBuf,
+    size: VmSize,
+    role: Role,
     /// The pid in the guest of the first container's init, which holds the namespaces of a pod.
     holder: u32,
     /// The first container's bundle, locked: whoever gets the lock knows that this server is gone.
@@ -53,6 +56,12 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
+    /// The cgroup, if it is this container's alone.
+    pub(super) fn cgroup_of(&self, id: &str) -> Option<HostCgroup> {
+        let is_its_own = self.role == Role::Alone && self.id == id;
+        is_its_own.then(|| HostCgroup::at(self.cgroup.clone()))
+    }
+
     /// Removes what is left on the host of one that has been stopped.
     pub(super) fn remove(&self) -> Result<(), CgroupError> {
         HostCgroup::at(self.cgroup.clone()).remove()
@@ -69,6 +78,15 @@ struct Wanted {
     hooks: Hooks,
     config: Config,
     systemd_cgroup: bool,
+}
+
+/// A container's specification, split.
+struct Part {
+    guest: Spec,
+    files: HostFiles,
+    shared_memory_bytes: Option<u64>,
+    /// Beyond loopback; a pod's members find it in the namespace that they join.
+    network: Connections,
 }
 
 /// A container that the guest has created.
@@ -110,6 +128,7 @@ impl Tasks {
             init,
             wanted.rootfs,
             wanted.hooks,
+            Limits::new(&wanted.bundle.spec, pod.size),
         );
         Ok((container, flowing))
     }
@@ -119,19 +138,16 @@ impl Tasks {
         let Wanted {
             bundle, config, id, ..
         } = wanted;
-        let mut spec = bundle.spec.clone();
-        let sized = if wanted.role == Role::Sandbox {
-            pod::own_shared_memory(&mut spec, rootfs::size_of);
-            pod::summed_up(&spec)
-        } else {
-            spec.clone()
+        let sized = match wanted.role {
+            Role::Sandbox => pod::summed_up(&bundle.spec),
+            _ => bundle.spec.clone(),
         };
         let size = sizing::size(&sized, bundle.vm.as_ref(), config, Host::detect())?;
         let lock = locked(&bundle.path)?;
         let cgroup = wanted.cgroup(&sized, size)?;
-        let (guest, files) = guest_spec::split(id.as_str(), &bundle.path, spec);
+        let mut part = wanted.part();
         let share = Share::make(&bundle.path.join("share"))?;
-        share.add(id.as_str(), &files)?;
+        share.add(id.as_str(), &part.files)?;
         let (mut network, mut networks) = (None, Vec::new());
         if let Some(path) = bundle.network_path() {
             let network = network.insert(Network::beside(path, &bundle.path)?);
@@ -150,11 +166,8 @@ impl Tasks {
         .start()?;
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
         let sandbox = booting.ready().await?.spawn();
-        let connected = network.as_ref().map(Network::whole).unwrap_or_default();
-        match wanted
-            .set_up(init, &sandbox, &share, (guest, files), streams, connected)
-            .await
-        {
+        part.network = network.as_ref().map(Network::whole).unwrap_or_default();
+        match wanted.set_up(init, &sandbox, &share, part, streams).await {
             Ok(Created { flowing, guest_pid }) => {
                 let follow = |network| follow_in_background(network, &sandbox, id.as_str());
                 let following = network.map(follow);
@@ -163,6 +176,8 @@ impl Tasks {
                     sandbox,
                     share,
                     cgroup: cgroup.keep(),
+                    size,
+                    role: wanted.role.clone(),
                     holder: guest_pid,
                     _lock: lock,
                     _network: following,
@@ -184,23 +199,14 @@ impl Tasks {
         pod: &Pod,
     ) -> Result<Flowing, TaskError> {
         let Wanted { bundle, id, .. } = wanted;
-        let joins = pod::joins(&bundle.spec);
-        let (mut guest, mut files) =
-            guest_spec::split(id.as_str(), &bundle.path, bundle.spec.clone());
-        pod::join(&mut guest, &mut files, &joins, pod.holder);
-        let shared = pod.share.add(id.as_str(), &files);
+        let mut part = wanted.part();
+        pod::join(&mut part.guest, &pod::joins(&bundle.spec), pod.holder);
+        let shared = pod.share.add(id.as_str(), &part.files);
         let created = async {
             shared?;
             let streams = wanted.paths.open(&self.namespace, id.as_str())?;
             wanted
-                .set_up(
-                    init,
-                    &pod.sandbox,
-                    &pod.share,
-                    (guest, files),
-                    streams,
-                    Connections::default(),
-                )
+                .set_up(init, &pod.sandbox, &pod.share, part, streams)
                 .await
         };
         match created.await {
@@ -250,6 +256,24 @@ impl Wanted {
         })
     }
 
+    /// Splits its specification; in a pod, shared memory is the guest's.
+    fn part(&self) -> Part {
+        let spec = self.bundle.spec.clone();
+        let (mut guest, mut files) = guest_spec::split(self.id.as_str(), &self.bundle.path, spec);
+        let shared_memory_bytes = match self.role {
+            Role::Alone => None,
+            Role::Sandbox | Role::Member { .. } => {
+                pod::share_memory(&mut guest, &mut files, rootfs::size_of)
+            }
+        };
+        Part {
+            guest,
+            files,
+            shared_memory_bytes,
+            network: Connections::default(),
+        }
+    }
+
     /// Makes the sandbox's cgroup, and leaves word of it for whoever has to clean up after this server.
     fn cgroup(&self, sized: &Spec, size: VmSize) -> Result<HostCgroup, TaskError> {
         let left = host("leave word for a later delete");
@@ -273,9 +297,13 @@ impl Wanted {
         init: &Process,
         sandbox: &Sandbox,
         share: &Share,
-        (guest, files): (Spec, HostFiles),
+        Part {
+            guest,
+            files,
+            shared_memory_bytes,
+            network,
+        }: Part,
         mut streams: Files,
-        network: Connections,
     ) -> Result<Created, TaskError> {
         self.hooks.before_creation().await?;
         let id = self.id.as_str();
@@ -284,6 +312,7 @@ impl Wanted {
             bundle: self.bundle.path.to_string_lossy().into_owned(),
             wanted: streams.wanted(self.paths.terminal),
             network,
+            shared_memory_bytes,
         };
         let started = sandbox.create(id, request).await?;
         init.hold_input(streams.keeper.take());
