@@ -25,6 +25,12 @@ const HOME: &str = "/scratch/engines";
 /// How long a command may take: an engine's takes seconds where the processor is emulated, and minutes if it is busy.
 const LIMIT: Duration = Duration::from_secs(180);
 
+/// Mount points that the engines make once.
+const KEPT_MOUNTS: &[&str] = &[
+    "+ mount /engines/podman/overlay ",
+    "+ mount /netns /run/netns ",
+];
+
 /// Cgroups that the engines make once.
 const KEPT_CGROUPS: &[&str] = &[
     "/libpod_parent",
@@ -87,11 +93,6 @@ impl Engine {
         engine
     }
 
-    /// Which one this is.
-    pub(crate) fn is(&self, kind: Kind) -> bool {
-        self.kind == kind
-    }
-
     /// A directory of this test's.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
@@ -125,7 +126,12 @@ impl Engine {
 
     /// `run --network none`, to be given options, image and command.
     pub(crate) fn run_call<const N: usize>(&self, options: [&str; N]) -> Call {
-        let run = self.call(["run", "--network", "none"]);
+        self.networked_call(["--network", "none"]).args(options)
+    }
+
+    /// `run` on the engine's own bridge, to be given options, image and command.
+    pub(crate) fn networked_call<const N: usize>(&self, options: [&str; N]) -> Call {
+        let run = self.call(["run"]);
         let run = match self.kind {
             Kind::Podman => run,
             Kind::Docker => run.args(["--runtime", &case::runtime()]),
@@ -211,7 +217,7 @@ impl Engine {
             line.starts_with("- ")
                 || line.starts_with("+ socket")
                 || (line.starts_with("+ file") && !line.contains("caisson"))
-                || line.starts_with("+ mount /engines/podman/overlay ")
+                || KEPT_MOUNTS.iter().any(|mount| line.starts_with(mount))
                 || KEPT_CGROUPS
                     .iter()
                     .any(|end| line.starts_with("+ cgroup") && line.ends_with(end))

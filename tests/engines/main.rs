@@ -44,4 +44,5 @@ with_both!(
     a_paused_container_stands_still,
     usage_is_measured,
     a_running_container_is_removed_by_force,
+    a_published_port_is_reached,
 );

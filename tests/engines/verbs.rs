@@ -1,14 +1,14 @@
 //! What people do with containers, in the words that podman and Docker share.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
-use std::io::Write;
-
 use caisson_tests::Terminal;
 
-use crate::engine::{Engine, IMAGE, Kind};
+use crate::engine::{Engine, IMAGE};
 
 /// Ends with 3 when it is asked to; says when it listens.
 const OBEDIENT: &str =
@@ -263,16 +263,22 @@ pub(crate) fn usage_is_measured(engine: &Engine) {
 pub(crate) fn a_running_container_is_removed_by_force(engine: &Engine) {
     engine.start("gone", [], PATIENT);
     engine.remove("gone");
-    let listed = match engine.is(Kind::Podman) {
-        true => engine.ok(["ps", "-a", "--format", "{{.Names}}"]),
-        false => engine.ok([
-            "ps",
-            "-a",
-            "--format",
-            "{{.Names}}",
-            "--filter",
-            "name=gone",
-        ]),
-    };
+    let listed = engine.ok(["ps", "-aq", "--filter", "name=gone"]);
     assert_eq!(listed, "");
+}
+
+pub(crate) fn a_published_port_is_reached(engine: &Engine) {
+    let script =
+        "mkdir /w; echo a page > /w/index.html; httpd -p 80 -h /w && echo ready; exec sleep 1000";
+    engine
+        .networked_call(["-d", "--name", "web", "-p", "8080:80"])
+        .args([IMAGE, "sh", "-c", script])
+        .succeed();
+    engine.wait_for("web", "ready");
+    let mut stream = TcpStream::connect("127.0.0.1:8080").expect("connect to the published port");
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").expect("ask");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("answer");
+    assert!(answer.ends_with("a page\n"), "{answer}");
+    engine.remove("web");
 }
