@@ -100,3 +100,18 @@ fn host_networking_is_refused_in_one_line() {
     assert!(outcome.stderr.contains("host networking"), "{outcome:?}");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
 }
+
+#[test]
+fn build_runs_its_steps_with_the_runtime() {
+    let engine = Engine::podman();
+    let steps = format!("FROM {IMAGE}\nRUN uname -r > /kernel\nCMD cat /kernel\n");
+    std::fs::write(engine.dir().join("Dockerfile"), steps).expect("write");
+    let dir = engine.dir().display().to_string();
+    engine.ok(["build", "--no-cache", "-t", "built", &dir]);
+    let run = engine.run_call(["--rm"]).args(["built"]).succeed();
+    // The kernel that the step saw: the guest's own, or the one that this test sees too.
+    let own = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("read");
+    let is_own = run.text() == own;
+    assert_eq!(is_own, case::runtime() != "caisson", "{}", run.text());
+    engine.ok(["rmi", "built"]);
+}
