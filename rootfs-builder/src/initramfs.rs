@@ -6,7 +6,7 @@
 use crate::cpio::{Archive, CpioError};
 
 /// Directories, parents first.
-const DIRECTORIES: [&str; 7] = [
+const DIRECTORIES: &[&str] = &[
     "dev",
     "proc",
     "sys",

@@ -439,7 +439,7 @@ mod tests {
 
     #[test]
     fn what_no_kernel_writes_is_refused_by_name() {
-        let long = "x 1\n".repeat(1) + &(0..300).map(|n| format!("n{n} 1\n")).collect::<String>();
+        let long = "x 1\n".to_owned() + &(0..300).map(|n| format!("n{n} 1\n")).collect::<String>();
         for (name, text) in [
             ("memory.current", "-1\n"),
             ("memory.max", "a\x1b[1m\n"),
