@@ -104,7 +104,7 @@ bench: build lab ## Count what a container costs, beside runc, crun and QEMU mic
 
 .PHONY: install
 install: build ## Install to $(DESTDIR)$(PREFIX)
-	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/caisson
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/caisson $(RELEASE)/containerd-shim-caisson-v2
 	install -D -t $(DESTDIR)$(PREFIX)/lib/caisson $(RELEASE)/caisson-vmm
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/caisson $(GUEST)/vmlinux $(GUEST)/initramfs.cpio
 

@@ -22,9 +22,10 @@ fn start(case: &Case, resources: Value) {
     let bundle = case.bundle().args(["sleep", "1000"]).edit(|spec| {
         spec["linux"]["resources"] = resources;
         let namespaces = spec["linux"]["namespaces"].as_array_mut();
-        namespaces
-            .expect("namespaces")
-            .push(json!({"type": "cgroup"}));
+        let namespaces = namespaces.expect("namespaces");
+        // runc's default has one where the host has cgroup v2.
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+        namespaces.push(json!({"type": "cgroup"}));
     });
     case.start(&bundle, "one");
 }
