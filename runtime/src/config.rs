@@ -193,7 +193,7 @@ mod tests {
             .map(|line| format!("{line}\n"))
             .collect();
         assert_eq!(parse(&uncommented).unwrap(), Config::default());
-        assert_eq!(uncommented.lines().count(), 11);
+        assert_eq!(uncommented.lines().count(), 12);
     }
 
     #[test]

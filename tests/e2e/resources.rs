@@ -202,25 +202,25 @@ fn limits_come_from_a_file_and_from_standard_input() {
     let file = case.dir().join("resources.json");
     fs::write(
         &file,
-        json!({"memory": {"limit": 50 << 20}, "pids": {"limit": 5}}).to_string(),
+        json!({"memory": {"limit": 50 << 20}, "pids": {"limit": 50}}).to_string(),
     )
     .expect("file");
-    case.call(["update", "--pids-limit", "9", "-r"])
+    case.call(["update", "--pids-limit", "90", "-r"])
         .args([&file])
         .args(["one"])
         .succeed();
     assert_eq!(cgroup(&case, "memory.max"), (50 << 20).to_string());
     assert_eq!(
         cgroup(&case, "pids.max"),
-        "5",
+        "50",
         "the other options are ignored"
     );
-    fs::write(&file, json!({"pids": {"limit": 6}}).to_string()).expect("file");
+    fs::write(&file, json!({"pids": {"limit": 60}}).to_string()).expect("file");
     let stdin = fs::File::open(&file).expect("file");
     case.call(["update", "-r", "-", "one"])
         .stdin(stdin)
         .succeed();
-    assert_eq!(cgroup(&case, "pids.max"), "6");
+    assert_eq!(cgroup(&case, "pids.max"), "60");
     fs::write(&file, "{").expect("file");
     assert_ne!(
         case.call(["update", "-r"])
