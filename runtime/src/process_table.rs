@@ -7,6 +7,7 @@
 //! Spec: proc(5).
 
 use std::{
+    cmp::Reverse,
     fs, io,
     os::unix::fs::{DirBuilderExt, chown},
     path::Path,
@@ -172,8 +173,11 @@ impl Table {
             "tty/drivers",
             "pty_slave /dev/pts 136 0-1048575 pty:slave\n",
         )?;
-        self.processes
-            .iter()
+        // `ps` keeps to the order of the directory, and tmpfs lists first what was made last.
+        let mut processes: Vec<_> = self.processes.iter().collect();
+        processes.sort_unstable_by_key(|process| Reverse(process.pid));
+        processes
+            .into_iter()
             .try_for_each(|process| process.lay_out(dir))
     }
 }

@@ -11,9 +11,9 @@ const FS_TREE: &str = env!("CARGO_BIN_EXE_fs-tree");
 const POSIX_CHECK: &str = env!("CARGO_BIN_EXE_posix-check");
 
 /// A big tree and a hundred thousand files take their time in an emulated machine, above all in a busy one.
-const LONG: Duration = Duration::from_secs(580);
+const LONG: Duration = Duration::from_secs(900);
 /// With what comes before and after.
-const CASE: Duration = Duration::from_secs(700);
+const CASE: Duration = Duration::from_secs(1100);
 
 /// A bundle with the workloads in it, what they need, and an empty directory `/share` for them.
 fn working(case: &Case) -> Bundle {
