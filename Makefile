@@ -88,6 +88,18 @@ engines: build ## Run the tests with podman and Docker, in the lab, on runc and 
 	done
 	$(LAB) down
 
+# The lab's image with containerd in it is another one; the tests prove themselves on containerd's own shim.
+.PHONY: containerd
+containerd: build ## Run the tests under containerd on runc and on caisson; ARGS chooses tests
+	cargo test --release -p caisson-tests --test containerd --no-run
+	$(LAB) down
+	$(LAB) up --smp 1 --image engines
+	program=$$(ls -t $(RELEASE)/deps/containerd-* | grep -v '\.d$$' | head -n 1); \
+	for runtime in runc caisson; do \
+	  $(LAB) exec -t 1200 -e RUNTIME=$$runtime -- $(CURDIR)/$$program --test-threads=1 $(ARGS); \
+	done
+	$(LAB) down
+
 .PHONY: test
 test: lint unit e2e ## Build and pass all tests
 

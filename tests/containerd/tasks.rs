@@ -1,0 +1,188 @@
+//! What `ctr` does with one container.
+
+use std::io::{Read, Write};
+use std::process::Stdio;
+
+use caisson_tests::case::runtime;
+
+use crate::daemon::{Daemon, begin};
+
+#[test]
+fn run_works_with_every_snapshotter() {
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    for snapshotter in ["overlayfs", "native"] {
+        let script = "echo out; echo err >&2; echo kept > /file && cat /file; exit 7";
+        let flags = ["--rm", "--snapshotter", snapshotter];
+        let outcome = containerd.run(flags, "one", script).finish();
+        assert_eq!(
+            outcome.text(),
+            "out\nkept\n",
+            "{snapshotter}: {}",
+            outcome.stderr
+        );
+        assert!(outcome.stderr.contains("err"), "{snapshotter}");
+        assert_eq!(outcome.status, 7, "{snapshotter}");
+    }
+    assert!(
+        containerd
+            .ctr(["task", "ls"])
+            .succeed()
+            .text()
+            .lines()
+            .count()
+            == 1
+    );
+}
+
+#[test]
+fn exec_has_streams_of_its_own_and_its_input_ends() {
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    containerd
+        .run(["--detach"], "one", "exec sleep 1000")
+        .succeed();
+    let outcome = containerd
+        .exec("one", "e1", "echo out; echo err >&2; exit 3")
+        .finish();
+    assert_eq!((outcome.text(), outcome.status), ("out\n", 3));
+    assert!(outcome.stderr.starts_with("err\n"), "{}", outcome.stderr);
+    let mut cat = containerd
+        .exec("one", "e2", "cat; echo end")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .start();
+    let text = "x".repeat(300_000);
+    let mut stdin = cat.take_stdin();
+    let mut stdout = cat.take_stdout();
+    let reading = std::thread::spawn(move || {
+        let mut read = String::new();
+        stdout.read_to_string(&mut read).expect("output");
+        read
+    });
+    stdin.write_all(text.as_bytes()).expect("input");
+    drop(stdin);
+    assert!(reading.join().expect("reader") == format!("{text}end\n"));
+    assert_eq!(cat.finish().status, 0);
+    let missing = containerd
+        .ctr(["task", "exec", "--exec-id", "e3", "one", "/no/such"])
+        .finish();
+    assert_eq!(missing.status, 1);
+    assert!(
+        missing.stderr.contains("no such file or directory"),
+        "{}",
+        missing.stderr
+    );
+    containerd.remove("one");
+}
+
+#[test]
+fn a_task_is_paused_resumed_and_killed() {
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    let mut one = containerd
+        .run(
+            ["--rm"],
+            "one",
+            "trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done",
+        )
+        .stdout(Stdio::piped())
+        .start();
+    assert_eq!(one.line(), "up");
+    assert_eq!(containerd.status("one"), "RUNNING");
+    let pids = containerd.ctr(["task", "ps", "one"]).succeed();
+    assert!(pids.text().lines().count() >= 2, "{}", pids.text());
+    containerd.ctr(["task", "pause", "one"]).succeed();
+    assert_eq!(containerd.status("one"), "PAUSED");
+    let refused = containerd.exec("one", "e1", "true").finish();
+    assert_ne!(refused.status, 0);
+    containerd.ctr(["task", "resume", "one"]).succeed();
+    assert_eq!(containerd.status("one"), "RUNNING");
+    let checkpoint = containerd.ctr(["task", "checkpoint", "one"]).finish();
+    assert_ne!(checkpoint.status, 0);
+    containerd
+        .ctr(["task", "kill", "--signal", "TERM", "one"])
+        .succeed();
+    assert_eq!(one.finish().status, 9);
+}
+
+#[test]
+fn events_come_in_containerds_order() {
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    let mut events = containerd.ctr(["events"]).stdout(Stdio::piped()).start();
+    containerd
+        .run(["--detach"], "one", "exec sleep 1000")
+        .succeed();
+    containerd.exec("one", "e1", "true").succeed();
+    containerd.ctr(["task", "pause", "one"]).succeed();
+    containerd.ctr(["task", "resume", "one"]).succeed();
+    containerd
+        .ctr(["task", "kill", "--signal", "KILL", "one"])
+        .succeed();
+    let mut seen = Vec::new();
+    while seen.last().is_none_or(|last| last != "/tasks/exit one") {
+        let line = events.line();
+        let topic = line.split_whitespace().find(|word| word.starts_with('/'));
+        let Some(topic) = topic.filter(|topic| topic.starts_with("/tasks/")) else {
+            assert!(!line.is_empty(), "events ended");
+            continue;
+        };
+        let of_init = line.contains("\"id\":\"one\"");
+        seen.push(format!("{topic}{}", if of_init { " one" } else { "" }));
+    }
+    let wanted = [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/paused",
+        "/tasks/resumed",
+        "/tasks/exit one",
+    ];
+    assert_eq!(seen, wanted);
+    events.signal(rustix::process::Signal::KILL);
+    events.finish();
+    containerd.remove("one");
+}
+
+#[test]
+fn the_container_has_a_kernel_of_its_own() {
+    if runtime() == "runc" {
+        println!("skipped on runc: it has the host's kernel");
+        return;
+    }
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    let outcome = containerd.run(["--rm"], "one", "uname -r").succeed();
+    assert!(outcome.text().contains("caisson"), "{}", outcome.text());
+}
+
+#[test]
+fn a_log_file_takes_the_output() {
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    let log = case.dir().join("logs/one.log");
+    let uri = format!("file://{}", log.display());
+    let mut one = containerd.run(
+        ["--detach", "--log-uri", &uri],
+        "one",
+        "echo out; echo err >&2",
+    );
+    one = one.limit(std::time::Duration::from_secs(120));
+    one.succeed();
+    containerd.ctr(["task", "delete", "one"]).finish();
+    // A task that has not ended yet cannot be deleted; its end is waited for by attaching to nothing but its exit.
+    while containerd.status("one") == "RUNNING" {
+        std::thread::yield_now();
+    }
+    containerd.remove("one");
+    let mut text: Vec<_> = std::fs::read_to_string(log)
+        .expect("log")
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    text.sort();
+    assert_eq!(text, ["err", "out"]);
+}
