@@ -58,7 +58,7 @@ LAB     := $(RELEASE)/lab
 HAVE_VM := $(shell grep -qwE 'vmx|svm' /proc/cpuinfo && [ -e /dev/kvm ] && echo yes)
 IN_LAB  := $(if $(HAVE_VM),$(SUDO) env PATH="$(CURDIR)/$(RELEASE):$$PATH",$(LAB) exec --)
 SETTINGS = RUNTIME=$$runtime CAISSON_TEST_BULK_MIB=$(BULK_MIB)
-RUNNER  = $(if $(HAVE_VM),$(SUDO) env PATH=$(CURDIR)/$(RELEASE):$(PATH) $(SETTINGS),$(CURDIR)/$(LAB) exec -t 2400 $(SETTINGS:%=-e %) --)
+RUNNER  = $(if $(HAVE_VM),$(SUDO) env PATH=$(CURDIR)/$(RELEASE):$(PATH) $(SETTINGS),$(CURDIR)/$(LAB) exec -t 3600 $(SETTINGS:%=-e %) --)
 ARGS    ?=
 # MiB through a pipe each way in the bulk test: a minute or two for the whole GiB on an emulated processor.
 BULK_MIB ?= 1024
