@@ -5,7 +5,10 @@
 //! a message. A question that it cannot answer because the virtual machine ended is dropped unanswered; the handle then
 //! tells the asker why (`Sandbox::ask`).
 //! While all containers are paused and no call needs the guest, the vCPUs stand still (`Owner::balance`).
-//! Not here: the table of states (`status.rs`), who waits for what (`container.rs`), streams before they are connected (`ports.rs`).
+//! Not here: what the results of its calls change (`owner/results.rs`), the table of states (`status.rs`), who waits for
+//! what (`container.rs`), streams before they are connected (`ports.rs`).
+
+mod results;
 
 use std::{
     collections::HashMap,
@@ -39,9 +42,6 @@ const INBOX: usize = 64;
 
 /// How long a container may take to die of `SIGKILL`.
 const AFTER_KILL: Duration = Duration::from_secs(10);
-
-/// How long a virtual machine may live on after its agent has hung up; a panicking guest needs a moment to say so.
-const AFTER_AGENT: Duration = Duration::from_secs(3);
 
 struct Owner {
     agent: Agent,
@@ -496,126 +496,6 @@ impl Owner {
         let outbox = self.outbox.clone();
         let busy = Some(Arc::clone(&self.busy));
         tokio::spawn(async move { tell(&outbox, call.await, busy).await });
-    }
-
-    fn done(&mut self, done: Done) {
-        match done {
-            Done::Created { id, result, reply } => self.created(id, result, reply),
-            Done::Changed {
-                id,
-                event,
-                result,
-                reply,
-            } => {
-                let result = result.map_err(SandboxError::Agent);
-                if let (Ok(()), Some(container)) = (&result, self.containers.get_mut(&id)) {
-                    container.advance(event);
-                }
-                self.finish(reply, result);
-            }
-            Done::Execed {
-                id,
-                process_id,
-                result,
-                reply,
-            } => {
-                match (&result, self.containers.get_mut(&id)) {
-                    (Ok(_), _) => self.watch(id, process_id),
-                    (Err(_), Some(container)) => container.forget(&process_id),
-                    (Err(_), None) => {}
-                }
-                self.finish(reply, result);
-            }
-            Done::Ended {
-                id,
-                process_id,
-                result,
-            } => self.process_ended(&id, &process_id, result),
-            Done::Deleted { id, result, reply } => {
-                if result.is_ok() {
-                    self.containers.remove(&id);
-                }
-                self.finish(reply, result.map_err(SandboxError::Agent));
-            }
-            Done::Answered => {}
-            Done::Doomed { id } => self.doomed(&id),
-            Done::Unkillable => {
-                self.end(
-                    ended(Cause::HostError, "it did not answer and was killed"),
-                    Duration::ZERO,
-                );
-            }
-            Done::AgentGone => self.agent_gone(),
-        }
-    }
-
-    fn created(
-        &mut self,
-        id: String,
-        result: Result<Started, SandboxError>,
-        reply: Reply<Started>,
-    ) {
-        match (&result, self.containers.get_mut(&id)) {
-            (Ok(_), Some(container)) => {
-                container.created();
-                self.watch(id, INIT.to_owned());
-            }
-            _ => drop(self.containers.remove(&id)),
-        }
-        self.finish(reply, result);
-    }
-
-    /// Waits for a process's end in a task of its own.
-    fn watch(&self, id: String, process_id: String) {
-        let agent = self.agent.clone();
-        let outbox = self.outbox.clone();
-        tokio::spawn(async move {
-            let result = agent.wait(&id, &process_id).await;
-            let done = Done::Ended {
-                id,
-                process_id,
-                result,
-            };
-            tell(&outbox, done, None).await;
-        });
-    }
-
-    fn process_ended(&mut self, id: &str, process_id: &str, result: Result<Exit, AgentError>) {
-        let exit = match result {
-            Ok(exit) => exit,
-            Err(AgentError::Gone) => return self.agent_gone(),
-            // An agent that no longer knows its own process cannot be trusted with the rest.
-            Err(error) => {
-                return self.end(ended(Cause::HostError, &error.to_string()), Duration::ZERO);
-            }
-        };
-        if let Some(container) = self.containers.get_mut(id) {
-            container.ended(process_id, exit);
-        }
-    }
-
-    fn finish<T>(&mut self, reply: Reply<T>, result: Result<T, SandboxError>) {
-        if lost(&result) {
-            self.agent_gone()
-        } else {
-            answer(reply, result)
-        }
-    }
-
-    /// A container that outlives `SIGKILL`, alone in its sandbox, takes the virtual machine along.
-    fn doomed(&mut self, id: &str) {
-        let lives = |container: &Container| container.status() != Status::Stopped;
-        if self.containers.len() == 1 && self.containers.get(id).is_some_and(lives) {
-            let why = ended(
-                Cause::HostError,
-                "its container did not die when it was killed",
-            );
-            self.end(why, Duration::ZERO);
-        }
-    }
-
-    fn agent_gone(&mut self) {
-        self.end(ended(Cause::HostError, "its agent hung up"), AFTER_AGENT);
     }
 
     /// Has the virtual machine end within `patience`; the first reason counts, and the shortest patience.

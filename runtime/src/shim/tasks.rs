@@ -4,20 +4,20 @@
 //! machine; a pod's members join it; the virtual machine ends with the last container. A creation that fails leaves
 //! nothing. Events are published in containerd's order: create, start, exit, delete; exec added, exec started, exit.
 //! State changes are the owner's (`sandbox/`): here is only what containerd asks about after an end.
-//! Not here: how containerd asks (`service.rs`).
+//! Not here: how containerd asks (`service.rs`), what happens unasked (`tasks/ends.rs`).
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
 };
 
 use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
-        TaskPaused, TaskResumed, TaskStart,
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed,
+        TaskStart,
     },
     topics,
 };
@@ -29,21 +29,19 @@ use super::{
     events::Publisher,
     logger::Logger,
     process::{Ended, Process, timestamp},
-    stdio::{Flowing, Paths},
+    stdio::Paths,
 };
 use crate::{
     agent::{AgentError, RefusalKind},
-    sandbox::{Event, ExecRequest, INIT, LOST, Refused, Sandbox, SandboxError},
+    sandbox::{Event, ExecRequest, INIT, Refused, SandboxError},
     state::Status,
     stats::Stats,
 };
 
 pub(super) mod create;
+mod ends;
 
 use create::Pod;
-
-/// How long the last output of a process that has ended may take to reach a reader that is slow.
-const LAST_OUTPUT: Duration = Duration::from_secs(5);
 
 /// The signal that cannot be caught.
 const KILL: i32 = rustix::process::Signal::KILL.as_raw();
@@ -463,74 +461,6 @@ impl Tasks {
         }
     }
 
-    /// Tells of a process's end when its last output has been passed on.
-    fn watch(
-        self: &Arc<Self>,
-        container: Arc<Container>,
-        process: Arc<Process>,
-        mut flowing: Flowing,
-    ) {
-        let tasks = Arc::clone(self);
-        tokio::spawn(async move {
-            let ending = exit_of(&container.sandbox, &container.id, &process.id).await;
-            let at = SystemTime::now();
-            // A reader that does not read must not keep the end from being told.
-            let _ = tokio::time::timeout(LAST_OUTPUT, flowing.reached(ending.output)).await;
-            let _after_its_start = process.gate.lock().await;
-            if let Some(why) = ending.lost {
-                tasks
-                    .log
-                    .error(&format!("container {}: {why}", container.id));
-            }
-            if ending.oom_killed && !container.told_of_oom.load(Ordering::Relaxed) {
-                tasks.tell_of_oom(&container);
-            }
-            let ended = Ended {
-                status: ending.status,
-                at,
-            };
-            let id = match process.id.as_str() {
-                INIT => &container.id,
-                exec => exec,
-            };
-            let event = TaskExit {
-                container_id: container.id.clone(),
-                id: id.to_owned(),
-                pid: tasks.pid(),
-                exit_status: ended.status.into(),
-                exited_at: Some(timestamp(at)).into(),
-                ..Default::default()
-            };
-            tasks
-                .publisher
-                .publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
-            process.end(ended);
-        });
-    }
-
-    /// Tells of every process that the kernel kills for want of memory, as it happens.
-    fn watch_memory(self: &Arc<Self>, container: Arc<Container>) {
-        let tasks = Arc::clone(self);
-        tokio::spawn(async move {
-            let mut seen = 0;
-            while let Ok(count) = container.sandbox.out_of_memory(&container.id, seen).await {
-                seen = count;
-                if container.init.ended().is_none() {
-                    tasks.tell_of_oom(&container);
-                }
-            }
-        });
-    }
-
-    fn tell_of_oom(&self, container: &Container) {
-        container.told_of_oom.store(true, Ordering::Relaxed);
-        let event = TaskOOM {
-            container_id: container.id.clone(),
-            ..Default::default()
-        };
-        self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
-    }
-
     fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         let container = self.containers().get(id).cloned();
         container.ok_or_else(|| TaskError::NoContainer(id.to_owned()))
@@ -544,32 +474,6 @@ impl Tasks {
 
     fn pod(&self) -> MutexGuard<'_, Option<Arc<Pod>>> {
         self.pod.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A process's end as the guest tells it, or as it must be when the guest is gone.
-struct Ending {
-    status: u8,
-    oom_killed: bool,
-    /// Bytes of standard output and standard error.
-    output: [u64; 2],
-    lost: Option<String>,
-}
-
-async fn exit_of(sandbox: &Sandbox, id: &str, process_id: &str) -> Ending {
-    match sandbox.wait(id, process_id).await {
-        Ok(exit) => Ending {
-            status: exit.status,
-            oom_killed: exit.oom_killed,
-            output: [exit.stdout_bytes, exit.stderr_bytes],
-            lost: None,
-        },
-        Err(error) => Ending {
-            status: LOST,
-            oom_killed: false,
-            output: [u64::MAX; 2],
-            lost: Some(crate::error::message(&error)),
-        },
     }
 }
 
