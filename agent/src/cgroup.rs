@@ -221,32 +221,13 @@ impl Cgroup {
         count.unwrap_or(0)
     }
 
-    /// Returns the number of such kills when it is more than `seen`. The kernel announces each.
+    /// Returns the number of such kills when it is more than `seen`.
     pub async fn oom_kills_beyond(&self, seen: u64) -> Result<u64, CgroupError> {
-        let path = self.path.join("memory.events");
-        let failed = |source| CgroupError::Read {
-            file: path.clone(),
-            source,
-        };
-        let file = fs::File::open(&path).map_err(failed)?;
-        let events = sys::watch(file.into(), Interest::PRIORITY).map_err(failed)?;
-        loop {
-            // The read also arms the next notice.
-            let mut text = [0; 512];
-            let n =
-                rustix::io::pread(events.get_ref(), &mut text, 0).map_err(|e| failed(e.into()))?;
-            let text = String::from_utf8_lossy(&text[..n]);
-            let count = field(&text, "oom_kill").and_then(|count| count.parse::<u64>().ok());
-            match count {
-                Some(count) if count > seen => return Ok(count),
-                _ => {}
-            }
-            events
-                .ready(Interest::PRIORITY)
-                .await
-                .map_err(failed)?
-                .clear_ready();
-        }
+        self.follow("memory.events", |text| {
+            let count = field(text, "oom_kill")?.parse().ok()?;
+            (count > seen).then_some(count)
+        })
+        .await
     }
 
     /// All processes of the cgroup and of those below it, by their identifiers in the agent's PID namespace.
@@ -316,9 +297,21 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Returns when `cgroup.events` shows the value; the kernel wakes its readers at each change (`POLLPRI`).
+    /// Returns when `cgroup.events` shows the value.
     async fn wait_for_event(&self, key: &str, value: &str) -> Result<(), CgroupError> {
-        let path = self.path.join("cgroup.events");
+        self.follow("cgroup.events", |text| {
+            (field(text, key) == Some(value)).then_some(())
+        })
+        .await
+    }
+
+    /// Returns what `wanted` finds in a file of events; the kernel wakes its readers at each change (`POLLPRI`).
+    async fn follow<T>(
+        &self,
+        file: &str,
+        wanted: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, CgroupError> {
+        let path = self.path.join(file);
         let failed = |source| CgroupError::Read {
             file: path.clone(),
             source,
@@ -327,11 +320,11 @@ impl Cgroup {
         let events = sys::watch(file.into(), Interest::PRIORITY).map_err(failed)?;
         loop {
             // The read also arms the next notice.
-            let mut text = [0; 256];
+            let mut text = [0; 512];
             let n =
                 rustix::io::pread(events.get_ref(), &mut text, 0).map_err(|e| failed(e.into()))?;
-            if field(&String::from_utf8_lossy(&text[..n]), key) == Some(value) {
-                return Ok(());
+            if let Some(found) = wanted(&String::from_utf8_lossy(&text[..n])) {
+                return Ok(found);
             }
             events
                 .ready(Interest::PRIORITY)
