@@ -64,8 +64,8 @@ pub struct Boot<'a> {
     pub size: VmSize,
     /// What the guest will see of the host's files.
     pub share: &'a Share,
-    /// Where the VMM begins its life.
-    pub cgroup: &'a HostCgroup,
+    /// Where the VMM begins its life. `None`: where its parent is.
+    pub cgroup: Option<&'a HostCgroup>,
     /// Its network interfaces (`network`).
     pub networks: Vec<Plug>,
     /// How many more there may be.
@@ -90,7 +90,7 @@ impl Boot<'_> {
             || config.kernel_params.clone(),
             |kernel| kernel.parameters.join(" "),
         );
-        let cgroup = directory(cgroup.path())?;
+        let cgroup = cgroup.map(|cgroup| directory(cgroup.path())).transpose()?;
         Ok(Booting::start(Machine {
             program: &config.vmm,
             kernel: kernel.map_or(&config.kernel, |kernel| &kernel.path),
@@ -107,7 +107,7 @@ impl Boot<'_> {
             spare_networks,
             console: config.debug_console.then(|| log_file(dir)).transpose()?,
             alive: Some(lock_file(dir)?),
-            cgroup: Some(cgroup.as_fd()),
+            cgroup: cgroup.as_ref().map(AsFd::as_fd),
         })?)
     }
 }

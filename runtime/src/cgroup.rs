@@ -4,6 +4,8 @@
 //! caller's own cgroup, under the container's ID, as runc does), limited by `limits.rs`, joined by the monitor before
 //! it starts the VMM, which inherits it, and removed by `delete` with whatever process is left in it. Dropping a made
 //! cgroup removes it again until [`HostCgroup::keep`].
+//! Where the caller may do without rights (`rootless.rs`) and asks neither for limits nor for a place, a sandbox whose
+//! cgroup cannot be made goes without one.
 //! A populated cgroup is never taken over: what is in it belongs to somebody else.
 //! Not here: the container's own limits, which hold in the guest; cgroup v1 and systemd (refused).
 //! Spec: Linux, Documentation/admin-guide/cgroup-v2.rst; runc 1.1, libcontainer/cgroups/fs2.
@@ -12,7 +14,7 @@ use std::{
     fs,
     io::{self, Write},
     os::unix::fs::DirBuilderExt,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -21,14 +23,17 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, retry_on_intr},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
+    rootless::Rootless,
     sizing::VmSize,
     state::ContainerId,
     stats::{self, Files, Stats, StatsError},
 };
 
 mod limits;
+mod place;
 
 pub use limits::{HOST_OVERHEAD, Limit};
 
@@ -81,6 +86,9 @@ pub enum CgroupError {
         /// Why it failed.
         source: io::Error,
     },
+    /// Something was asked that needs a cgroup, by a caller without the right to make one.
+    #[error("rootless needs no limits + no cgrouppath when no permission is granted for cgroups")]
+    Unpermitted(#[source] Box<Self>),
     /// A file or directory operation failed.
     #[error("{step} {path}", path = path.display())]
     Io {
@@ -94,8 +102,8 @@ pub enum CgroupError {
 }
 
 impl CgroupError {
-    /// Whether the caller lacks the rights, which `--rootless` forgives.
-    pub fn is_permission(&self) -> bool {
+    /// Whether the caller lacks the rights.
+    fn is_permission(&self) -> bool {
         use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
         let (Self::Io { source, .. } | Self::Limit { source, .. }) = self else {
             return false;
@@ -109,6 +117,15 @@ pub fn limits_of_change(change: &LinuxResources, all: &LinuxResources, size: VmS
     limits::of_change(change, all, size)
 }
 
+/// How a caller wants cgroups made.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Terms {
+    /// By systemd, which `cgroupsPath` is then a word for.
+    pub systemd: bool,
+    /// Whether there may be none for want of rights.
+    pub rootless: Rootless,
+}
+
 /// The cgroup of one sandbox.
 #[derive(Debug)]
 pub struct HostCgroup {
@@ -119,31 +136,35 @@ pub struct HostCgroup {
 
 impl HostCgroup {
     /// Makes the cgroup for a container and limits it to the container's limits plus the cost of its virtual machine.
+    /// `None`: there is none, which the caller's terms allow.
     pub fn make(
         spec: &Spec,
         id: &ContainerId,
         size: VmSize,
-        systemd: bool,
-    ) -> Result<Self, CgroupError> {
-        if systemd {
+        terms: Terms,
+    ) -> Result<Option<Self>, CgroupError> {
+        if terms.systemd {
             return Err(CgroupError::Systemd);
         }
-        if !is_v2(Path::new(ROOT)) {
+        if !is_v2() {
             return Err(CgroupError::NotV2);
         }
         let asked = spec
             .linux()
             .as_ref()
-            .and_then(|linux| linux.cgroups_path().as_deref());
-        let relative = match asked.filter(|path| !path.as_os_str().is_empty()) {
-            Some(path) if path.is_absolute() => below(path)?,
-            Some(path) => beside_own()?.join(below(path)?),
-            None => beside_own()?.join(id.as_str()),
-        };
+            .and_then(|linux| linux.cgroups_path().as_deref())
+            .filter(|path| !path.as_os_str().is_empty());
+        let relative = place::of(asked, id)?;
         let limits = limits::of(spec, size);
-        let cgroup = Self::make_below(Path::new(ROOT), &relative, &controllers(&limits))?;
+        let made = Self::make_below(Path::new(ROOT), &relative, &controllers(&limits));
+        let cgroup = match made {
+            Err(error) if asked.is_none() && error.is_permission() && terms.rootless.applies() => {
+                return go_without(spec, error).map(|()| None);
+            }
+            made => made?,
+        };
         cgroup.limit(&limits)?;
-        Ok(cgroup)
+        Ok(Some(cgroup))
     }
 
     /// Names the cgroup of an existing container, as its state file has it.
@@ -321,60 +342,24 @@ impl Drop for HostCgroup {
     }
 }
 
+/// As runc: whoever may do without a cgroup does, unless he asked for what only a cgroup gives.
+fn go_without(spec: &Spec, error: CgroupError) -> Result<(), CgroupError> {
+    if limits::are_asked(spec) {
+        return Err(CgroupError::Unpermitted(Box::new(error)));
+    }
+    Ok(())
+}
+
 fn rewound(mut file: &fs::File) -> io::Result<&fs::File> {
     use io::Seek;
     file.rewind()?;
     Ok(file)
 }
 
-fn is_v2(root: &Path) -> bool {
+/// Whether this host has the second version, and nothing else.
+pub fn is_v2() -> bool {
     const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
-    rustix::fs::statfs(root).is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(CGROUP2_SUPER_MAGIC))
-}
-
-/// A path below the root of the hierarchy: no `..`, not the root itself, nothing in systemd's notation.
-fn below(path: &Path) -> Result<PathBuf, CgroupError> {
-    let refused = || CgroupError::Path {
-        path: path.to_owned(),
-    };
-    let mut clean = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::Normal(part) => clean.push(part),
-            Component::RootDir | Component::CurDir => {}
-            Component::ParentDir | Component::Prefix(_) => return Err(refused()),
-        }
-    }
-    let systemd = path
-        .to_str()
-        .is_some_and(|text| text.matches(':').count() == 2);
-    if clean.as_os_str().is_empty() || systemd {
-        Err(refused())
-    } else {
-        Ok(clean)
-    }
-}
-
-/// The parent of the caller's own cgroup, relative to the root: processes may not live in an inner cgroup that hands
-/// controllers down, so a new one goes beside the caller's, not below it.
-fn beside_own() -> Result<PathBuf, CgroupError> {
-    let file = Path::new("/proc/self/cgroup");
-    let text = fs::read_to_string(file).map_err(|source| CgroupError::Io {
-        step: "read",
-        path: file.to_owned(),
-        source,
-    })?;
-    Ok(parent_of_own(&text))
-}
-
-fn parent_of_own(proc_self_cgroup: &str) -> PathBuf {
-    let own = proc_self_cgroup
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"));
-    own.map(Path::new)
-        .and_then(Path::parent)
-        .map(Path::to_owned)
-        .unwrap_or_default()
+    rustix::fs::statfs(ROOT).is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(CGROUP2_SUPER_MAGIC))
 }
 
 fn populated(events: &str) -> bool {
@@ -446,36 +431,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cgroups_paths_stay_below_the_root() {
-        for (path, wanted) in [
-            ("/a/b", "a/b"),
-            ("a", "a"),
-            ("//a/./b/", "a/b"),
-            ("/x:y", "x:y"),
-        ] {
-            assert_eq!(below(Path::new(path)).unwrap(), Path::new(wanted));
-        }
-        for path in ["/", ".", "/..", "/a/../b", "../a", "system.slice:runc:c1"] {
-            assert!(
-                matches!(below(Path::new(path)), Err(CgroupError::Path { .. })),
-                "{path}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_default_place_is_beside_the_callers_own() {
-        assert_eq!(
-            parent_of_own("0::/user.slice/session-1.scope\n"),
-            Path::new("user.slice")
-        );
-        assert_eq!(parent_of_own("0::/init\n"), Path::new(""));
-        assert_eq!(parent_of_own("0::/\n"), Path::new(""));
-        assert_eq!(parent_of_own("12:pids:/a/b\n0::/u/v/w\n"), Path::new("u/v"));
-        assert_eq!(parent_of_own(""), Path::new(""));
-    }
-
-    #[test]
     fn only_what_is_wanted_there_and_missing_is_handed_down() {
         let all = missing(&COUNTING, "cpuset cpu io memory hugetlb pids\n", "memory\n");
         assert_eq!(all.concat(), "+cpu +io +pids ");
@@ -525,6 +480,23 @@ mod tests {
         assert!(taken.exists());
         fs::write(taken.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
         HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap();
+    }
+
+    #[test]
+    fn who_asks_for_limits_cannot_do_without_a_cgroup() {
+        let denied = || CgroupError::Io {
+            step: "make",
+            path: "/sys/fs/cgroup/c1".into(),
+            source: Errno::ROFS.into(),
+        };
+        assert!(denied().is_permission());
+        let asking = |resources: &str| {
+            let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+            go_without(&serde_json::from_str(&spec).unwrap(), denied())
+        };
+        asking(r#"{"devices":[{"allow":false}],"pids":{"limit":0}}"#).unwrap();
+        let error = asking(r#"{"pids":{"limit":5}}"#).unwrap_err();
+        assert!(error.to_string().starts_with("rootless needs no limits"));
     }
 
     #[test]

@@ -6,7 +6,9 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+
+use crate::rootless::Rootless;
 
 /// A whole command line.
 #[derive(Debug, Parser)]
@@ -44,22 +46,11 @@ pub struct Global {
     #[arg(long)]
     pub systemd_cgroup: bool,
     /// ignore cgroup permission errors ('true', 'false', or 'auto')
-    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    #[arg(long, value_name = "WHEN", default_value = "auto", ignore_case = true)]
     pub rootless: Rootless,
     /// print the version
     #[arg(long, short = 'v')]
     pub version: bool,
-}
-
-/// When to do without the rights of root on host cgroups.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Rootless {
-    /// If the caller is not root.
-    Auto,
-    /// Always.
-    True,
-    /// Never.
-    False,
 }
 
 /// The commands.
@@ -472,6 +463,9 @@ mod tests {
             "caisson kill --all c1 9",
             "caisson run -d --keep --no-subreaper -b /b c1",
             "caisson --rootless=true list -q -f json",
+            "caisson --rootless=TRUE list",
+            "caisson --rootless=0 list",
+            "caisson --rootless= list",
             "caisson state c1",
             "caisson pause c1",
             "caisson ps -f json c1",

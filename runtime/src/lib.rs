@@ -21,6 +21,7 @@ pub mod network;
 pub mod packet;
 pub mod preserved;
 pub mod process_table;
+pub mod rootless;
 pub mod sandbox;
 pub mod share;
 pub mod shim;

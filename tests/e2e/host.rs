@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use caisson_tests::{Bundle, Case};
+use caisson_tests::{Bundle, Case, Outcome, case::runtime};
 use serde_json::{Value, json};
 
 /// A hook that appends its list's name, what it is told on stdin and where it runs to a file, as one line of JSON.
@@ -173,6 +173,58 @@ fn every_process_of_the_sandbox_is_in_its_cgroup() {
     let procs = fs::read_to_string(parent.0.join("one/cgroup.procs")).expect("cgroup");
     assert_eq!(procs.lines().count(), 2, "monitor and VMM: {procs:?}");
     case.delete("one");
+}
+
+/// `run` where the host's cgroups cannot be written.
+fn run_without_rights(case: &Case, bundle: &Bundle, rootless: &str) -> Outcome {
+    let script = "mount -o remount,bind,ro /sys/fs/cgroup && exec \"$@\"";
+    case.program("unshare")
+        .args(["--mount", "sh", "-c", script, "sh", &runtime(), "--root"])
+        .args([case.root()])
+        .args(["--rootless", rootless, "run", "-b"])
+        .args([bundle.dir()])
+        .args(["one"])
+        .finish()
+}
+
+#[test]
+fn who_may_not_make_cgroups_goes_without_if_nothing_asks_for_one() {
+    let case = Case::begin();
+    let plain = case.bundle().script("echo ran");
+    let outcome = run_without_rights(&case, &plain, "true");
+    assert_eq!(
+        (outcome.status, outcome.text()),
+        (0, "ran\n"),
+        "{outcome:?}"
+    );
+    for whole in ["false", "auto"] {
+        run_without_rights(&case, &plain, whole).is_refusal("read-only file system");
+    }
+    let limited = case
+        .bundle_in("limited")
+        .edit(|spec| spec["linux"]["resources"]["pids"] = json!({"limit": 100}));
+    run_without_rights(&case, &limited, "true")
+        .is_refusal("rootless needs no limits + no cgrouppath");
+    let placed = case
+        .bundle_in("placed")
+        .edit(|spec| spec["linux"]["cgroupsPath"] = json!("/somewhere/one"));
+    run_without_rights(&case, &placed, "true").is_refusal("read-only file system");
+    case.nothing_is_left();
+}
+
+#[test]
+fn spec_writes_what_runcs_does_but_for_the_hostname() {
+    let Some(case) = Case::begin_with_vm("it is the yardstick") else {
+        return;
+    };
+    let written = |program: &str, dir: &str| {
+        let dir = case.dir().join(dir);
+        fs::create_dir(&dir).expect("directory");
+        case.program(program).args(["spec"]).dir(&dir).succeed();
+        fs::read_to_string(dir.join("config.json")).expect("config.json")
+    };
+    let wanted = written("runc", "theirs").replace("\"runc\"", "\"caisson\"");
+    assert_eq!(written("caisson", "ours"), wanted);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 
 use caisson_vmm_spec::MiB;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxResources, LinuxThrottleDevice, Spec};
+use serde_json::Value;
 
 use crate::sizing::{self, VmSize};
 
@@ -47,6 +48,32 @@ pub(super) fn of(spec: &Spec, size: VmSize) -> Vec<Limit> {
         limits.extend(of_io(io));
     }
     limits
+}
+
+/// Whether the specification asks for anything that runc needs a controller for, be it held in the guest.
+pub(super) fn are_asked(spec: &Spec) -> bool {
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    // A list, an object or a text that is empty asks for nothing; nor does a zero.
+    let asks = |resources: &LinuxResources| {
+        let mut rest = resources.clone();
+        rest.set_devices(None);
+        serde_json::to_value(rest).is_ok_and(|rest| says_something(&rest))
+    };
+    resources.is_some_and(asks)
+}
+
+fn says_something(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Bool(true) => true,
+        Value::Number(number) => number.as_i64() != Some(0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(all) => all.iter().any(says_something),
+        Value::Object(all) => all.values().any(says_something),
+    }
 }
 
 /// What a change of a running container's limits means: `change` says what is touched, `all` what holds afterwards.
@@ -184,6 +211,29 @@ mod tests {
         assert!(
             limits(r#"{"cpu":{"quota":-1,"shares":0,"cpus":""},"memory":{"limit":-1}}"#).is_empty()
         );
+    }
+
+    #[test]
+    fn zeros_and_devices_ask_for_nothing() {
+        let asked = |resources: &str| {
+            let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+            are_asked(&serde_json::from_str(&spec).unwrap())
+        };
+        for nothing in [
+            "{}",
+            r#"{"devices":[{"allow":true,"major":1,"access":"rwm"}]}"#,
+            r#"{"cpu":{"shares":0,"cpus":""},"memory":{"limit":0},"hugepageLimits":[]}"#,
+        ] {
+            assert!(!asked(nothing), "{nothing}");
+        }
+        for something in [
+            r#"{"pids":{"limit":-1}}"#,
+            r#"{"cpu":{"cpus":"0"}}"#,
+            r#"{"blockIO":{"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":5}]}}"#,
+            r#"{"unified":{"memory.high":"5"}}"#,
+        ] {
+            assert!(asked(something), "{something}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::{
 
 use super::{Context, delete};
 use crate::{
+    cgroup,
     cli::Launch,
     hooks::{self, HookError},
     monitor::{self, HostHooks, Order, Program, Report, StartError, Supervised, hook_state},
@@ -91,7 +92,10 @@ pub(super) fn launch(
         console_socket: args.console_socket.clone(),
         detach,
         start,
-        systemd_cgroup: context.global.systemd_cgroup,
+        cgroups: cgroup::Terms {
+            systemd: context.global.systemd_cgroup,
+            rootless: context.global.rootless,
+        },
         log: context.global.log.clone().map(|path| {
             (
                 path,

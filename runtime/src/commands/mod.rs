@@ -12,10 +12,11 @@ use std::{
 };
 
 use crate::{
-    cli::{Command, Global, Rootless},
+    cli::{Command, Global},
     control::{Control, ControlError},
     error::CommandError,
     log::Log,
+    rootless,
     state::StateDir,
 };
 
@@ -54,15 +55,12 @@ impl Context {
         let runtime_dir = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
         let root = match (&global.root, runtime_dir) {
             (Some(root), _) => root.clone(),
-            (None, Some(dir)) if is_rootless(&global) => PathBuf::from(dir).join("caisson"),
+            (None, Some(dir)) if rootless::keeps_state_of_its_own() => {
+                PathBuf::from(dir).join("caisson")
+            }
             (None, _) => PathBuf::from("/run/caisson"),
         };
         Self { root, log, global }
-    }
-
-    /// Whether errors for want of rights on host cgroups are forgiven.
-    pub fn is_rootless(&self) -> bool {
-        is_rootless(&self.global)
     }
 }
 
@@ -121,12 +119,4 @@ fn print(text: &str) -> Result<ExitCode, CommandError> {
             source,
         })?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn is_rootless(global: &Global) -> bool {
-    match global.rootless {
-        Rootless::True => true,
-        Rootless::False => false,
-        Rootless::Auto => !rustix::process::geteuid().is_root(),
-    }
 }

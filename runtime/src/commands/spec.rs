@@ -1,5 +1,6 @@
 //! `spec`: writes a first `config.json`, the one that `runc spec` writes, for a person to edit.
 //!
+//! As runc's, it has a cgroup namespace where the host has cgroup v2.
 //! Two things must differ: the hostname, and that `--rootless` keeps the network namespace and the sysfs of its own,
 //! because a virtual machine cannot share the host's.
 
@@ -11,7 +12,7 @@ use std::{
     process::ExitCode,
 };
 
-use crate::{cli::SpecArgs, error::CommandError};
+use crate::{cgroup, cli::SpecArgs, error::CommandError};
 
 /// runc 1.1.5's output, with our name.
 const DEFAULT: &str = include_str!("config.json");
@@ -22,11 +23,7 @@ pub(super) fn spec(args: &SpecArgs) -> Result<ExitCode, CommandError> {
         .as_deref()
         .unwrap_or(Path::new(""))
         .join("config.json");
-    let text = if args.rootless {
-        rootless(DEFAULT)
-    } else {
-        DEFAULT.to_owned()
-    };
+    let text = text(args.rootless, cgroup::is_v2());
     let file = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -40,6 +37,24 @@ pub(super) fn spec(args: &SpecArgs) -> Result<ExitCode, CommandError> {
             source,
         }),
     }
+}
+
+fn text(for_rootless: bool, is_v2: bool) -> String {
+    let text = match is_v2 {
+        true => with_namespace(DEFAULT, "cgroup"),
+        false => DEFAULT.to_owned(),
+    };
+    match for_rootless {
+        true => rootless(&text),
+        false => text,
+    }
+}
+
+/// One more namespace, at the end of the list.
+fn with_namespace(text: &str, kind: &str) -> String {
+    let end = "\n\t\t\t}\n\t\t],\n\t\t\"maskedPaths\"";
+    let longer = format!("\n\t\t\t}},\n\t\t\t{{\n\t\t\t\t\"type\": \"{kind}\"{end}");
+    text.replace(end, &longer)
 }
 
 /// The default for a caller without root's rights: one user, mapped to root in the container, no groups, no limits.
@@ -62,11 +77,8 @@ fn rootless(default: &str) -> String {
         default.get(after..).unwrap_or_default(),
     ]
     .concat();
-    text.replace("\"mode=0620\",\n\t\t\t\t\"gid=5\"", "\"mode=0620\"")
-        .replace(
-            "\t\t\t\t\"type\": \"mount\"\n\t\t\t}\n",
-            "\t\t\t\t\"type\": \"mount\"\n\t\t\t},\n\t\t\t{\n\t\t\t\t\"type\": \"user\"\n\t\t\t}\n",
-        )
+    let text = text.replace("\"mode=0620\",\n\t\t\t\t\"gid=5\"", "\"mode=0620\"");
+    with_namespace(&text, "user")
 }
 
 #[cfg(test)]
@@ -86,6 +98,24 @@ mod tests {
         };
         spec(&args).unwrap();
         (dir, args)
+    }
+
+    fn kinds(text: &str) -> Vec<String> {
+        let value: Value = serde_json::from_str(text).unwrap();
+        let all = value["linux"]["namespaces"].as_array().unwrap();
+        let kinds = all.iter().map(|n| n["type"].as_str().unwrap().to_owned());
+        kinds.collect()
+    }
+
+    #[test]
+    fn a_host_with_the_first_cgroups_gets_no_cgroup_namespace() {
+        let older = ["pid", "network", "ipc", "uts", "mount"];
+        assert_eq!(kinds(&text(false, false)), older);
+        assert_eq!(
+            kinds(&text(false, true)),
+            [&older[..], &["cgroup"]].concat()
+        );
+        assert_eq!(kinds(&text(true, false)), [&older[..], &["user"]].concat());
     }
 
     #[test]
@@ -118,18 +148,13 @@ mod tests {
 
     #[test]
     fn rootless_maps_the_caller_and_limits_nothing() {
-        let value: Value = serde_json::from_str(&rootless(DEFAULT)).unwrap();
+        let value: Value = serde_json::from_str(&text(true, true)).unwrap();
         let linux = &value["linux"];
         assert_eq!(linux["uidMappings"][0]["containerID"], 0);
         assert_eq!(linux["gidMappings"][0]["size"], 1);
         assert_eq!(linux["resources"], Value::Null);
-        let kinds: Vec<_> = linux["namespaces"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|n| n["type"].as_str().unwrap())
-            .collect();
-        assert_eq!(kinds, ["pid", "network", "ipc", "uts", "mount", "user"]);
+        let wanted = ["pid", "network", "ipc", "uts", "mount", "cgroup", "user"];
+        assert_eq!(kinds(&text(true, true)), wanted);
         assert!(!value.to_string().contains("gid=5"));
     }
 }

@@ -135,9 +135,11 @@ pub(super) async fn create(
     }
     let mut state = first_state(&order, &bundle);
     dir.store(&state)?;
-    let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.systemd_cgroup)?;
-    state.cgroup = Some(cgroup.path().to_owned());
-    dir.store(&state)?;
+    let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.cgroups)?;
+    if let Some(cgroup) = &cgroup {
+        state.cgroup = Some(cgroup.path().to_owned());
+        dir.store(&state)?;
+    }
     let hooks = HostHooks::of(&bundle.spec);
     hooks
         .store(dir.path())
@@ -165,12 +167,12 @@ pub(super) async fn create(
         vm: bundle.vm.as_ref(),
         size,
         share: &share,
-        cgroup: &cgroup,
+        cgroup: cgroup.as_ref(),
         networks: plugs,
         spare_networks: network.spare(),
     }
     .start()?;
-    let joining = Joining::begin(&cgroup)?;
+    let joining = cgroup.as_ref().map(Joining::begin).transpose()?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
     let mut request = CreateRequest {
@@ -185,7 +187,7 @@ pub(super) async fn create(
         shared_memory_bytes: None,
     };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
-    let inside = joining.finish()?;
+    let inside = joining.map(Joining::finish).transpose()?;
 
     let created = async {
         if hooks.precede_creation() {
@@ -217,8 +219,7 @@ pub(super) async fn create(
     };
     match created.await {
         Ok((flowing, listener, view)) => {
-            inside.stay();
-            drop(cgroup.keep());
+            drop((inside.map(Inside::stay), cgroup.map(HostCgroup::keep)));
             let limits = Limits::new(&bundle.spec, size);
             let record = Record::new(dir.keep(), state, limits);
             Ok(Live {

@@ -13,6 +13,7 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    cgroup::Terms,
     packet::{self, PacketError},
     state::ContainerId,
     terminal::Size,
@@ -33,8 +34,8 @@ pub struct Order {
     pub detach: bool,
     /// Start the container as well.
     pub start: bool,
-    /// `cgroupsPath` is in systemd's form.
-    pub systemd_cgroup: bool,
+    /// How the host's cgroup is made.
+    pub cgroups: Terms,
     /// Where messages go once the caller is gone: file, format, debug.
     pub log: Option<(PathBuf, String, bool)>,
 }

@@ -15,11 +15,12 @@ use super::{KILL, Tasks, bundle_path};
 use crate::{
     boot::Boot,
     bundle::Bundle,
-    cgroup::{CgroupError, HostCgroup},
+    cgroup::{CgroupError, HostCgroup, Terms},
     config::Config,
     guest_spec::{self, HostFiles},
     monitor::HostHooks,
     network::{Connections, Following, Network, follow_in_background},
+    rootless::Rootless,
     sandbox::{CreateRequest, INIT, Sandbox},
     share::Share,
     shim::{
@@ -44,7 +45,8 @@ pub(crate) struct Pod {
     pub(super) sandbox: Sandbox,
     /// Unmounted when dropped.
     pub(super) share: Share,
-    cgroup: PathBuf,
+    /// Its directory; `None` if there may be none (`rootless`).
+    cgroup: Option<PathBuf>,
     size: VmSize,
     role: Role,
     /// The pid in the guest of the first container's init, which holds the namespaces of a pod.
@@ -59,12 +61,16 @@ impl Pod {
     /// The cgroup, if it is this container's alone.
     pub(super) fn cgroup_of(&self, id: &str) -> Option<HostCgroup> {
         let is_its_own = self.role == Role::Alone && self.id == id;
-        is_its_own.then(|| HostCgroup::at(self.cgroup.clone()))
+        self.host_cgroup().filter(|_| is_its_own)
     }
 
     /// Removes what is left on the host of one that has been stopped.
     pub(super) fn remove(&self) -> Result<(), CgroupError> {
-        HostCgroup::at(self.cgroup.clone()).remove()
+        self.host_cgroup().map_or(Ok(()), HostCgroup::remove)
+    }
+
+    fn host_cgroup(&self) -> Option<HostCgroup> {
+        self.cgroup.clone().map(HostCgroup::at)
     }
 }
 
@@ -77,7 +83,7 @@ struct Wanted {
     paths: Paths,
     hooks: Hooks,
     config: Config,
-    systemd_cgroup: bool,
+    cgroups: Terms,
 }
 
 /// A container's specification, split.
@@ -159,7 +165,7 @@ impl Tasks {
             vm: bundle.vm.as_ref(),
             size,
             share: &share,
-            cgroup: &cgroup,
+            cgroup: cgroup.as_ref(),
             networks,
             spare_networks: network.as_ref().map_or(0, Network::spare),
         }
@@ -175,7 +181,7 @@ impl Tasks {
                     id: id.to_string(),
                     sandbox,
                     share,
-                    cgroup: cgroup.keep(),
+                    cgroup: cgroup.map(HostCgroup::keep),
                     size,
                     role: wanted.role.clone(),
                     holder: guest_pid,
@@ -252,7 +258,10 @@ impl Wanted {
             hooks,
             config,
             bundle,
-            systemd_cgroup: systemd_cgroup(request),
+            cgroups: Terms {
+                systemd: systemd_cgroup(request),
+                rootless: Rootless::Auto,
+            },
         })
     }
 
@@ -275,7 +284,7 @@ impl Wanted {
     }
 
     /// Makes the sandbox's cgroup, and leaves word of it for whoever has to clean up after this server.
-    fn cgroup(&self, sized: &Spec, size: VmSize) -> Result<HostCgroup, TaskError> {
+    fn cgroup(&self, sized: &Spec, size: VmSize) -> Result<Option<HostCgroup>, TaskError> {
         let left = host("leave word for a later delete");
         let store = |cgroup: Option<&HostCgroup>| {
             Ticket {
@@ -286,8 +295,8 @@ impl Wanted {
         };
         self.hooks.lists.store(&self.bundle.path).map_err(&left)?;
         store(None).map_err(&left)?;
-        let cgroup = HostCgroup::make(sized, &self.id, size, self.systemd_cgroup)?;
-        store(Some(&cgroup)).map_err(&left)?;
+        let cgroup = HostCgroup::make(sized, &self.id, size, self.cgroups)?;
+        store(cgroup.as_ref()).map_err(&left)?;
         Ok(cgroup)
     }
 
