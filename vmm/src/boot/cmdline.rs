@@ -23,6 +23,10 @@ const ALWAYS: &[(&str, &str)] = &[
         "rcupdate.rcu_expedited=1",
         "grace periods while booting cost no waiting",
     ),
+    (
+        "noreplace-smp",
+        "with one vCPU the kernel would patch the lock prefix out of 8,000 places, a page table switch each",
+    ),
 ];
 
 /// Words without a debug console: only what is critical reaches the port (an oops raises the level itself), because a

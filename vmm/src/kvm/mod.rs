@@ -9,6 +9,7 @@
 pub mod cpuid;
 pub mod ioapic;
 pub mod kick;
+mod release;
 pub mod state;
 pub mod vcpu;
 
@@ -28,6 +29,7 @@ use crate::memory::Mem;
 use crate::virtio::Page;
 use crate::virtio::transport::Link;
 use ioapic::{MAX_PINS, Message};
+use release::Keeper;
 use state::VcpuState;
 
 /// The version of KVM's API, unchanged since 2007.
@@ -59,6 +61,7 @@ pub struct Vm {
     acknowledged: EventFd,
     /// Kept because KVM has its address.
     mem: Mem,
+    _keeper: Option<Keeper>,
 }
 
 impl Vm {
@@ -79,6 +82,7 @@ impl Vm {
             source: error.into(),
         })?;
         let vm = kvm.create_vm().map_err(step("create a VM"))?;
+        let keeper = Keeper::of(&vm);
         vm.set_tss_address(TSS_ADDR)
             .map_err(step("set the TSS address"))?;
         let split = kvm_enable_cap {
@@ -104,6 +108,7 @@ impl Vm {
             vm,
             acknowledged,
             mem: mem.clone(),
+            _keeper: keeper,
         })
     }
 
