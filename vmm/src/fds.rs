@@ -110,10 +110,10 @@ mod tests {
             FdError::Reserved { what: "x", fd: 2 }
         );
         assert_eq!(
-            inherited.take("x", Fd(9_999)).unwrap_err(),
+            inherited.take("x", Fd(i32::MAX)).unwrap_err(),
             FdError::Closed {
                 what: "x",
-                fd: 9_999
+                fd: i32::MAX
             }
         );
         let _owned = inherited.take("x", Fd(fd)).unwrap();
