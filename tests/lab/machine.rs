@@ -20,10 +20,6 @@ use crate::image::{Flavour, Image, image};
 /// Debian's QEMU file server (package qemu-system-common).
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
-/// An AMD processor with SVM, and without XSAVE: this QEMU lets a nested guest set XCR0 behind KVM's back, so that every
-/// guest kernel would find its CPUID inconsistent and say so at length.
-const CPU: &str = "EPYC,+svm,+npt,-xsave";
-
 /// Commands that can run at once.
 const PORTS: usize = 12;
 
@@ -37,7 +33,7 @@ pub(crate) struct Shape {
     #[arg(long, env = "LAB_MEM", default_value_t = 4096)]
     mem: u32,
     /// QEMU's name of the processor.
-    #[arg(long, env = "LAB_CPU", default_value = CPU)]
+    #[arg(long, env = "LAB_CPU", default_value = "EPYC,+svm,+npt")]
     cpu: String,
     /// Count instructions: one processor, a clock that shows 1 ns per instruction.
     #[arg(long, env = "LAB_ICOUNT")]
