@@ -9,6 +9,7 @@ TARGET  := x86_64-unknown-linux-gnu
 RELEASE := target/$(TARGET)/release
 AGENT   := target/$(TARGET)/agent/caisson-agent
 GUEST   := target/guest
+DOCUMENTS := target/documents
 PREFIX  ?= /usr
 DESTDIR ?=
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -108,11 +109,20 @@ demo: build lab ## Run a real container: a Debian root file system, Python, SQLi
 bench: build lab ## Count what a container costs, beside runc, crun and QEMU microvm
 	LAB_STATE=target/lab/icount $(LAB) run --icount -- env LAB_ICOUNT=1 $(CURDIR)/$(RELEASE)/bench
 
+.PHONY: documents
+documents: deps ## Write the manual pages and the shells' completions
+	cargo run --release -q -p caisson --example documents -- $(DOCUMENTS)
+
 .PHONY: install
-install: build ## Install to $(DESTDIR)$(PREFIX)
+install: build documents ## Install to $(DESTDIR)$(PREFIX)
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/caisson $(RELEASE)/containerd-shim-caisson-v2
 	install -D -t $(DESTDIR)$(PREFIX)/lib/caisson $(RELEASE)/caisson-vmm
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/caisson $(GUEST)/vmlinux $(GUEST)/initramfs.cpio
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 $(DOCUMENTS)/man/*.8
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DOCUMENTS)/completions/caisson
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions $(DOCUMENTS)/completions/_caisson
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d $(DOCUMENTS)/completions/caisson.fish
+	[ -e $(DESTDIR)/etc/caisson/config.toml ] || install -D -m 644 -t $(DESTDIR)/etc/caisson runtime/src/config.toml
 
 .PHONY: clean
 clean: ## Remove what was built (not the caches)

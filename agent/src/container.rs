@@ -5,7 +5,9 @@
 
 use crate::cgroup::{Cgroup, CgroupError, HIERARCHY};
 use crate::guest::GuestError;
+use crate::listening;
 use crate::network::{self, NetworkError};
+use crate::notify::Notify;
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
 use crate::plan::seccomp::Filter;
@@ -20,6 +22,7 @@ use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
+use tokio::task::JoinSet;
 
 /// Why a call on a container failed.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +39,10 @@ pub(crate) enum ContainerError {
     Guest(#[from] GuestError),
     #[error("connect the standard streams")]
     Streams(#[source] io::Error),
+    #[error("listen for the host")]
+    Listening(#[source] io::Error),
+    #[error("listen on the notify socket")]
+    Notify(#[source] io::Error),
     #[error("cannot {action} a container that is {state}")]
     State { action: &'static str, state: State },
     #[error("cannot exec in a paused container (use --ignore-paused to override)")]
@@ -127,6 +134,9 @@ pub(crate) struct Container {
     namespaces: NamespacePlan,
     filter: Option<Filter>,
     personality: Option<LinuxPersonality>,
+    notify: Option<Notify>,
+    /// Serve the host's listening sockets until the container is removed.
+    _doors: JoinSet<()>,
     pub(crate) init: Arc<Process>,
     // No await while it is held; no other lock is taken inside.
     changing: Mutex<Changing>,
@@ -217,8 +227,13 @@ impl Container {
         let stdio = request.stdio.as_ref().unwrap_or(&none);
         let dialed =
             Dialed::begin(workshop.dial.as_ref(), stdio, ports).map_err(ContainerError::Streams)?;
-        let (child_ends, our_ends) =
+        let (mut child_ends, our_ends) =
             stdio::make(dialed, child.process.terminal).map_err(ContainerError::Streams)?;
+        let id = &request.container_id;
+        let doors = listening::open(id, &request.listening, &mut child_ends.preserved)
+            .map_err(ContainerError::Listening)?;
+        let notify = request.notify.then(|| Notify::open(id)).transpose();
+        let notify = notify.map_err(ContainerError::Notify)?;
         let name = cgroup_name(&request.container_id)?;
         let cgroup = Cgroup::create(Path::new(HIERARCHY), &name, &settings, devices.as_deref())
             .map(Arc::new)?;
@@ -241,6 +256,8 @@ impl Container {
                 namespaces: child.namespaces,
                 filter,
                 personality,
+                notify,
+                _doors: doors,
                 init: Arc::new(process),
                 changing: Mutex::new(Changing {
                     state: State::Created,
@@ -417,6 +434,21 @@ impl Container {
         let bandwidth = String::from_utf8_lossy(&bandwidth).into_owned();
         let settings = plan::resources::change(&resources, &bandwidth)?;
         Ok(self.cgroup.update(&settings)?)
+    }
+
+    /// Waits until the container has said that it is ready, or has ended.
+    pub(crate) async fn ready(&self) -> Result<(), ContainerError> {
+        let Some(notify) = &self.notify else {
+            return Err(ContainerError::Notify(io::ErrorKind::NotFound.into()));
+        };
+        tokio::select! {
+            biased;
+            ready = notify.ready() => ready.map_err(ContainerError::Notify),
+            _ = self.init.ended() => Err(ContainerError::State {
+                action: "wait for",
+                state: State::Stopped,
+            }),
+        }
     }
 
     /// Waits for the next kill for want of memory, or for the container's end.

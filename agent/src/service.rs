@@ -58,7 +58,9 @@ fn code(error: &ContainerError) -> Code {
         | ContainerError::Network(_)
         | ContainerError::Process(_)
         | ContainerError::Guest(_)
-        | ContainerError::Streams(_) => Code::INTERNAL,
+        | ContainerError::Streams(_)
+        | ContainerError::Listening(_)
+        | ContainerError::Notify(_) => Code::INTERNAL,
     }
 }
 
@@ -316,6 +318,15 @@ impl Agent for Service {
             count,
             ..WaitOomResponse::default()
         })
+    }
+
+    async fn wait_ready(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        empty(container.ready().await)
     }
 
     async fn describe_processes(

@@ -244,6 +244,17 @@ async fn inward(host: Descriptor, process: Descriptor) {
     finish_writing(&process);
 }
 
+/// Both directions of a connection, each to its end.
+pub(crate) async fn both_ways(host: OwnedFd, process: OwnedFd) -> io::Result<()> {
+    let (host, process) = (descriptor(host)?, descriptor(process)?);
+    let out = async {
+        let _ = pump(&process, &host, None).await;
+        finish_writing(&host);
+    };
+    tokio::join!(inward(Arc::clone(&host), Arc::clone(&process)), out);
+    Ok(())
+}
+
 /// Process to host, with a count.
 fn outward(process: Descriptor, host: Descriptor) -> Outlet {
     let (counter, read) = watch::channel(0);

@@ -362,14 +362,42 @@ pub(crate) fn execute(path: &CStr, args: &[CString], env: &[CString]) -> io::Err
 /// linux/vm_sockets.h, the variant that takes the C library's `timeval`.
 const SO_VM_SOCKETS_CONNECT_TIMEOUT: c_int = 6;
 
-/// Begins to connect to a port of the host (vsock(7)); the socket is writable when it is done.
-pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<OwnedFd> {
+/// A non-blocking stream socket of vsock(7).
+fn vsock() -> io::Result<OwnedFd> {
     let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: socket(2) takes numbers only.
     let fd = check(unsafe { libc::socket(libc::AF_VSOCK, flags, 0) }.into())?;
     let raw = RawFd::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: socket(2) returned a fresh descriptor (checked above) that nothing else owns.
-    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// An address of vsock(7) and its length.
+fn vsock_address(cid: u32, port: u32) -> io::Result<(libc::sockaddr_vm, libc::socklen_t)> {
+    // SAFETY: all zeroes is a valid sockaddr_vm.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).map_err(io::Error::other)?;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    let length =
+        libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
+    Ok((address, length))
+}
+
+/// Listens on a port of this guest (vsock(7)); non-blocking.
+pub(crate) fn listen_vsock(port: u32, backlog: i32) -> io::Result<OwnedFd> {
+    let socket = vsock()?;
+    let (address, length) = vsock_address(libc::VMADDR_CID_ANY, port)?;
+    // SAFETY: `address` is a sockaddr_vm of the length given, alive over the call.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    check(result.into())?;
+    rustix::net::listen(&socket, backlog)?;
+    Ok(socket)
+}
+
+/// Begins to connect to a port of the host (vsock(7)); the socket is writable when it is done.
+pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<OwnedFd> {
+    let socket = vsock()?;
     // The default of two seconds is too short for a host that is busy; the VMM watches over the boot, and the runtime over
     // its calls.
     let patience = libc::timeval {
@@ -388,13 +416,7 @@ pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<OwnedFd> {
         )
     };
     check(result.into())?;
-    // SAFETY: all zeroes is a valid sockaddr_vm.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).map_err(io::Error::other)?;
-    address.svm_cid = cid;
-    address.svm_port = port;
-    let length =
-        libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
+    let (address, length) = vsock_address(cid, port)?;
     // SAFETY: `address` is a sockaddr_vm of the length given, alive over the call.
     let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) };
     match check(result.into()) {

@@ -9,8 +9,8 @@ use std::{collections::HashMap, future::Future, time::Duration};
 
 use caisson_agent_api::{
     AgentClient, ContainerRequest, CreateContainerRequest, DescribeProcessesRequest,
-    DescribeProcessesResponse, ExecProcessRequest, Network, ProcessRequest, ReadCgroupRequest,
-    ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
+    DescribeProcessesResponse, ExecProcessRequest, Listening, Network, ProcessRequest,
+    ReadCgroupRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
     UpdateNetworkRequest, WaitOomRequest,
 };
 use tokio::net::UnixStream;
@@ -98,6 +98,15 @@ pub struct StreamPorts {
     pub preserved: Vec<u32>,
 }
 
+/// What systemd gives a container beside its streams.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Activation {
+    /// Those of the descriptors from 3 upwards that listen.
+    pub listening: Vec<Listening>,
+    /// A socket for sd_notify(3).
+    pub notify: bool,
+}
+
 /// The connection.
 #[derive(Clone)]
 pub struct Agent(AgentClient);
@@ -108,27 +117,16 @@ impl Agent {
         Self(AgentClient::new(Client::new(Socket::new(stream))))
     }
 
-    /// Sets a container up to the point before `execve`; answers init's pid in the guest.
+    /// Sets a container up to the point before `execve`; answers init's pid in the guest. The streams of the request are
+    /// `ports`.
     pub async fn create(
         &self,
-        id: &str,
-        spec: Vec<u8>,
-        bundle: &str,
+        mut request: CreateContainerRequest,
         ports: &StreamPorts,
-        network: Network,
-        shared_memory_bytes: u64,
     ) -> Result<u32, AgentError> {
         let call = "create the container";
-        let request = CreateContainerRequest {
-            container_id: id.to_owned(),
-            spec,
-            bundle: bundle.to_owned(),
-            stdio: Some(stdio(ports)).into(),
-            preserved_ports: ports.preserved.clone(),
-            network: Some(network).into(),
-            shared_memory_bytes,
-            ..Default::default()
-        };
+        request.stdio = Some(stdio(ports)).into();
+        request.preserved_ports.clone_from(&ports.preserved);
         let answer = answered(call, SET_UP, |context| {
             self.0.create_container(context, &request)
         });
@@ -317,6 +315,14 @@ impl Agent {
         } else {
             Err(AgentError::Nonsense { call })
         }
+    }
+
+    /// Waits until the container says that it is ready, however long that takes.
+    pub async fn ready(&self, id: &str) -> Result<(), AgentError> {
+        let request = container(id);
+        let call = "wait for the container";
+        let answer = answered(call, Duration::ZERO, |c| self.0.wait_ready(c, &request));
+        answer.await.map(drop)
     }
 
     /// What the guest's /proc says about these processes and about the guest. The texts are hostile.

@@ -104,6 +104,10 @@ pub struct Launch {
     /// pseudoterminal
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
+    /// path to an AF_UNIX socket which will receive a file descriptor referencing the process that stands for the
+    /// container's on this host
+    #[arg(long, value_name = "SOCKET")]
+    pub pidfd_socket: Option<PathBuf>,
     /// specify the file to write the process id to
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
@@ -337,6 +341,10 @@ pub struct Exec {
     /// detach from the container's process
     #[arg(long, short)]
     pub detach: bool,
+    /// path to an AF_UNIX socket which will receive a file descriptor referencing the process that stands for the
+    /// container's on this host
+    #[arg(long, value_name = "SOCKET")]
+    pub pidfd_socket: Option<PathBuf>,
     /// specify the file to write the process id to
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,

@@ -74,6 +74,8 @@ pub enum Request {
     Stats,
     /// Say that the connection watches for kills for want of memory; then tell each of them, to the container's end.
     Watch,
+    /// Answer when the container says that it is ready (sd_notify(3)).
+    Ready,
     /// Change limits.
     Update {
         /// A `linux.resources` object as JSON.

@@ -108,6 +108,9 @@ pub enum CommandError {
     /// `update` does not understand what is asked.
     #[error(transparent)]
     Update(#[from] UpdateError),
+    /// systemd does not hear it.
+    #[error("tell the notify socket")]
+    Notify(#[source] io::Error),
     /// Not yet.
     #[error("{0} is not supported: the state of a virtual machine cannot be saved yet")]
     Checkpoint(&'static str),

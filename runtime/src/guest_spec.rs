@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
-use caisson_agent_api::SHARE_MOUNT;
+use caisson_agent_api::{NOTIFY_DIRECTORY, NOTIFY_SOCKET, SHARE_MOUNT};
 use oci_spec::runtime::{Hooks, LinuxResources, Mount, Root, Spec};
 
 /// A bind mount whose source is a path of the host.
@@ -76,6 +76,41 @@ pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
     spec.set_hooks(hooks);
     spec.set_vm(None);
     (spec, host)
+}
+
+/// Tells the program about descriptors that systemd passes (sd_listen_fds(3)). In its own PID namespace it is process 1.
+pub fn add_listen_fds(spec: &mut Spec, count: u32) {
+    if count > 0 {
+        add_environment(
+            spec,
+            [format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()],
+        );
+    }
+}
+
+/// Gives the container `id` its notify socket, at the place where runc puts it.
+pub fn add_notify_socket(spec: &mut Spec, id: &str) {
+    const WHERE: &str = "/run/notify";
+    let mut mount = Mount::default();
+    mount
+        .set_destination(WHERE.into())
+        .set_typ(Some("bind".to_owned()))
+        .set_source(Some(Path::new(NOTIFY_DIRECTORY).join(id)))
+        .set_options(Some(
+            ["bind", "nosuid", "noexec", "nodev", "ro"]
+                .map(str::to_owned)
+                .to_vec(),
+        ));
+    spec.mounts_mut().get_or_insert_default().push(mount);
+    add_environment(spec, [format!("NOTIFY_SOCKET={WHERE}/{NOTIFY_SOCKET}")]);
+}
+
+fn add_environment(spec: &mut Spec, added: impl IntoIterator<Item = String>) {
+    if let Some(process) = spec.process_mut() {
+        let mut env = process.env().clone().unwrap_or_default();
+        env.extend(added);
+        process.set_env(Some(env));
+    }
 }
 
 /// Leaves out what only the host can limit: the guest numbers its CPUs, nodes and disks differently.

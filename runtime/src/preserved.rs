@@ -4,15 +4,19 @@
 //! whatever the caller's is; which ways it carries bytes follows from how the caller's is open: read-only, to the guest;
 //! write-only, from the guest; both (every socket), both ways, each of which ends on its own. What a container writes
 //! that the caller cannot is dropped. A file is read ahead of the container, so that the caller's offset moves on.
-//! What cannot be a stream (a directory, a listening or a datagram socket) is refused.
+//! What cannot be a stream (a directory, a datagram socket) is refused; a listening socket too, unless systemd passes it
+//! (`LISTEN_FDS`): then one of its kind listens in the guest, and connections are handed in (`monitor/doors.rs`).
 //! Threads: as in `stdio.rs`. Not here: carrying descriptors between processes (`packet.rs`).
 
 use std::{
+    env,
     fs::OpenOptions,
     io,
+    net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
+use caisson_agent_api::{Family, Listening};
 use rustix::{
     fs::{FileType, OFlags},
     net::{Shutdown, SocketType, shutdown, sockopt},
@@ -56,22 +60,69 @@ pub enum PreservedError {
     },
 }
 
-/// Takes `count` descriptors from 3 upwards over from whoever started this process.
-pub fn take(count: u32) -> Result<Vec<OwnedFd>, PreservedError> {
-    if usize::try_from(count).is_ok_and(|count| count <= MOST) {
-        (0..count).map(|index| take_one(index, count)).collect()
-    } else {
-        Err(PreservedError::TooMany(count))
+/// The first vsock port of the guest for connections to its listening sockets.
+const FIRST_DOOR: u32 = 2048;
+
+/// How many descriptors systemd has passed to this process: `LISTEN_FDS`, if `LISTEN_PID` means it (sd_listen_fds(3)).
+pub fn activated() -> u32 {
+    let number = |name| env::var(name).ok()?.parse::<u32>().ok();
+    match number("LISTEN_PID") {
+        Some(pid) if pid == std::process::id() => number("LISTEN_FDS").unwrap_or(0),
+        _ => 0,
     }
 }
 
-fn take_one(index: u32, count: u32) -> Result<OwnedFd, PreservedError> {
+/// Takes descriptors from 3 upwards over from whoever started this process: first those that systemd has passed, which
+/// may listen, then `count` others.
+pub fn take(activated: u32, count: u32) -> Result<Vec<OwnedFd>, PreservedError> {
+    let all = activated.saturating_add(count);
+    if usize::try_from(all).is_ok_and(|all| all <= MOST) {
+        let one = |index| take_one(index, all, index < activated);
+        (0..all).map(one).collect()
+    } else {
+        Err(PreservedError::TooMany(all))
+    }
+}
+
+/// Those of the descriptors that listen, as the agent is told.
+pub fn listening(fds: &[OwnedFd]) -> io::Result<Vec<Listening>> {
+    let mut all = Vec::new();
+    for (fd, index) in fds.iter().zip(0..) {
+        if !listens(fd.as_fd()) {
+            continue;
+        }
+        let address = rustix::net::getsockname(fd)?;
+        let (family, port) = match SocketAddr::try_from(address) {
+            Ok(SocketAddr::V4(address)) => (Family::INET, address.port()),
+            Ok(SocketAddr::V6(address)) => (Family::INET6, address.port()),
+            Err(_) => (Family::UNIX, 0),
+        };
+        all.push(Listening {
+            index,
+            vsock_port: FIRST_DOOR + index,
+            family: family.into(),
+            port: port.into(),
+            ..Default::default()
+        });
+    }
+    Ok(all)
+}
+
+/// Whether this is a stream socket that listens.
+fn listens(fd: BorrowedFd<'_>) -> bool {
+    sockopt::socket_type(fd) == Ok(SocketType::STREAM) && sockopt::socket_acceptconn(fd) == Ok(true)
+}
+
+fn take_one(index: u32, count: u32, may_listen: bool) -> Result<OwnedFd, PreservedError> {
     let closed = |source| PreservedError::Closed {
         index,
         count,
         source,
     };
     let fd = take_inherited(3 + index).map_err(closed)?;
+    if may_listen && listens(fd.as_fd()) {
+        return Ok(fd);
+    }
     match ways(fd.as_fd()).map_err(closed)? {
         Ok(_) => Ok(fd),
         Err(what) => Err(PreservedError::NoStream { index, count, what }),
@@ -205,11 +256,30 @@ mod tests {
     }
 
     #[test]
+    fn listening_sockets_are_told_by_family_and_port() {
+        let inet = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = inet.local_addr().unwrap().port();
+        let dir = tempfile::tempdir().unwrap();
+        let unix = std::os::unix::net::UnixListener::bind(dir.path().join("s")).unwrap();
+        let stream = UnixStream::pair().unwrap().0;
+        let all = listening(&[stream.into(), inet.into(), unix.into()]).unwrap();
+        let told: Vec<_> = all
+            .iter()
+            .map(|one| (one.index, one.family.enum_value().unwrap(), one.port))
+            .collect();
+        assert_eq!(
+            told,
+            [(1, Family::INET, u32::from(port)), (2, Family::UNIX, 0)]
+        );
+        assert_ne!(all[0].vsock_port, all[1].vsock_port);
+    }
+
+    #[test]
     fn no_more_are_taken_than_a_packet_carries() {
         let most = u32::try_from(MOST).unwrap();
-        let error = take(most + 1).unwrap_err().to_string();
+        let error = take(1, most).unwrap_err().to_string();
         assert_eq!(error, "--preserve-fds 61: at most 60 are supported");
-        assert!(take(0).unwrap().is_empty());
+        assert!(take(0, 0).unwrap().is_empty());
     }
 
     #[test]

@@ -196,6 +196,12 @@ impl Vmm {
         Ok(self.control.send(request, &fds).await?)
     }
 
+    /// Hands a connected stream socket in, to a vsock port on which the guest listens.
+    pub async fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), VmmError> {
+        let request = Request::Connect { port };
+        Ok(self.control.send(&request, &[socket.as_fd()]).await?)
+    }
+
     /// Ends the process now, whatever it is doing.
     pub fn kill(&mut self) {
         self.process.child.kill();

@@ -22,4 +22,5 @@ mod resources;
 mod signals;
 mod spec_fields;
 mod statuses;
+mod systemd;
 mod terminals;

@@ -38,6 +38,12 @@ pub const SHARE_MOUNT: &str = "/run/caisson/share";
 /// Where the memory is that the containers of a sandbox share as their /dev/shm.
 pub const SHM_MOUNT: &str = "/run/caisson/shm";
 
+/// Below it the agent makes a directory for the notify socket of each container that has one.
+pub const NOTIFY_DIRECTORY: &str = "/dev/caisson";
+
+/// The name of that socket.
+pub const NOTIFY_SOCKET: &str = "notify.sock";
+
 /// The VMM's control register: a byte-wide output port. See [`POWER_OFF`].
 pub const POWER_PORT: u16 = 0x600;
 

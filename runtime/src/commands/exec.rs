@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use super::{
     Context,
     launch::{LaunchError, write_pid_file},
+    systemd::send_pidfd,
 };
 use crate::{
     bundle::{BundleError, Caller, capabilities},
@@ -95,7 +96,7 @@ fn exec(args: &Exec, context: &Context) -> Result<ExitCode, ExecCommandError> {
         }
         _ => {}
     }
-    let preserved = preserved::take(args.preserve_fds)?;
+    let preserved = preserved::take(0, args.preserve_fds)?;
     let mut process = match &args.process {
         Some(path) => read_json(path)?,
         None => {
@@ -165,6 +166,7 @@ fn foreground(
     };
     let session = Session::start(order, &json(process)?, caller)?;
     write_pid_file(args.pid_file.as_deref(), std::process::id())?;
+    send_pidfd(args.pidfd_socket.as_deref(), std::process::id(), "setns")?;
     let (status, lost) = runtime.block_on(session.follow(signals));
     // The terminal is as it was before anything is said.
     drop(raw);
@@ -197,7 +199,10 @@ fn detached(
     };
     let follower = Supervised::start(program, order, &fds).map_err(LaunchError::Start)?;
     match follower.report::<Report>().map_err(LaunchError::Monitor)? {
-        Some(Report::Ready { pid }) => write_pid_file(args.pid_file.as_deref(), pid)?,
+        Some(Report::Ready { pid }) => {
+            write_pid_file(args.pid_file.as_deref(), pid)?;
+            send_pidfd(args.pidfd_socket.as_deref(), pid, "setns")?;
+        }
         Some(Report::Failed(message)) => return Err(ExecCommandError::Invalid(message)),
         _ => return Err(LaunchError::Killed.into()),
     }

@@ -7,7 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Context, delete};
+use super::{
+    Context, delete,
+    systemd::{self, NotifySocket},
+};
 use crate::{
     cgroup,
     cli::Launch,
@@ -57,6 +60,14 @@ pub enum LaunchError {
         /// Why.
         source: io::Error,
     },
+    /// The socket for a descriptor of the container's process.
+    #[error("send a pidfd to {path}", path = path.display())]
+    PidfdSocket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A step on this side.
     #[error("{step}")]
     Host {
@@ -84,7 +95,8 @@ pub(super) fn launch(
     start: bool,
 ) -> Result<Launched, LaunchError> {
     let id = ContainerId::parse(&args.id)?;
-    let preserved = preserved::take(args.preserve_fds)?;
+    let activated = preserved::activated();
+    let preserved = preserved::take(activated, args.preserve_fds)?;
     let order = Order {
         id: id.clone(),
         root: absolute(&context.root)?,
@@ -96,6 +108,8 @@ pub(super) fn launch(
             systemd: context.global.systemd_cgroup,
             rootless: context.global.rootless,
         },
+        activated,
+        notify: NotifySocket::of_caller().is_some(),
         log: context.global.log.clone().map(|path| {
             (
                 path,
@@ -117,6 +131,7 @@ pub(super) fn launch(
     let mut claimed = false;
     let outcome = listen(context, &order, &monitor, &mut claimed).and_then(|raw| {
         write_pid_file(args.pid_file.as_deref(), monitor.pid())?;
+        systemd::send_pidfd(args.pidfd_socket.as_deref(), monitor.pid(), "standard")?;
         Ok(raw)
     });
     match outcome {

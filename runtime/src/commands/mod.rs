@@ -36,6 +36,7 @@ mod run;
 mod spec;
 mod start;
 mod state;
+mod systemd;
 pub(crate) mod update;
 
 /// What every command is given.

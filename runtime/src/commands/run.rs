@@ -14,6 +14,7 @@ use super::{
     Context, delete,
     launch::{LaunchError, Launched, launch},
     start,
+    systemd::NotifySocket,
 };
 use crate::{
     cli::Run,
@@ -30,6 +31,11 @@ pub(super) fn run(args: &Run, context: &Context) -> Result<ExitCode, CommandErro
     if args.detach {
         let launched = launch(context, &args.launch, true, true)?;
         start::after_run(context, &launched.id)?;
+        if let Some(socket) = NotifySocket::of_caller() {
+            let dir = context.root.join(launched.id.as_str());
+            let told = socket.pass_on(&dir, Some(launched.monitor.pid()));
+            told.map_err(CommandError::Notify)?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
     foreground(args, context)
@@ -46,6 +52,11 @@ fn foreground(args: &Run, context: &Context) -> Result<ExitCode, CommandError> {
     let launched = launch(context, &args.launch, false, true)?;
     start::after_run(context, &launched.id)?;
     let Launched { id, monitor, raw } = launched;
+    if let Some(socket) = NotifySocket::of_caller() {
+        let dir = context.root.join(id.as_str());
+        // Ends with the container, or with this process. That nobody hears it is no reason to end the container.
+        std::thread::spawn(move || drop(socket.pass_on(&dir, None)));
+    }
     let (mut child, socket) = monitor.into_parts();
     let status = runtime
         .block_on(follow(context, &child, socket, &mut signals))

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use oci_spec::runtime::Hook;
 
-use super::{Context, delete};
+use super::{Context, delete, systemd::NotifySocket};
 use crate::{
     cli::Start,
     control::{Control, Request},
@@ -39,7 +39,12 @@ pub(super) fn run(args: &Start, context: &Context) -> Result<ExitCode, CommandEr
     // Read before the order: a short-lived container may be deleted before the answer is here.
     let hooks = poststart_hooks(&dir)?;
     Control::connect(dir.path())?.order(&Request::Start)?;
+    let path = dir.path().to_owned();
     after_start(context, dir, &state, &hooks)?;
+    if let Some(socket) = NotifySocket::of_caller() {
+        let told = socket.pass_on(&path, Some(state.pid));
+        told.map_err(CommandError::Notify)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

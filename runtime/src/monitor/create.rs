@@ -14,6 +14,7 @@ use oci_spec::runtime::Spec;
 use rustix::fs::Mode;
 
 use super::{
+    doors::Door,
     hooks::HostHooks,
     live::{Live, Record},
     order::{Go, Order, Report},
@@ -30,7 +31,7 @@ use crate::{
     network::{Network, NetworkError},
     packet::{PacketError, Packets},
     preserved,
-    sandbox::{BootError, CreateRequest, Sandbox, SandboxError, Wanted},
+    sandbox::{Activation, BootError, CreateRequest, Sandbox, SandboxError, Wanted},
     share::{self, Share, ShareError},
     shm,
     sizing::{self, Host, SizingError},
@@ -175,6 +176,15 @@ pub(super) async fn create(
     let joining = cgroup.as_ref().map(Joining::begin).transpose()?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
+    guest_spec::add_listen_fds(&mut guest, order.activated);
+    if order.notify {
+        guest_spec::add_notify_socket(&mut guest, id);
+    }
+    let listening = preserved::listening(&streams.preserved);
+    let listening = listening.map_err(|source| CreateError::Host {
+        step: "examine the listening sockets",
+        source,
+    })?;
     let mut request = CreateRequest {
         spec: serde_json::to_vec(&guest).map_err(CreateError::Spec)?,
         bundle: bundle.path.to_string_lossy().into_owned(),
@@ -185,6 +195,10 @@ pub(super) async fn create(
         ),
         network: Default::default(),
         shared_memory_bytes: None,
+        activation: Activation {
+            listening,
+            notify: order.notify,
+        },
     };
     let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
     let inside = joining.map(Joining::finish).transpose()?;
@@ -229,6 +243,7 @@ pub(super) async fn create(
                 listener,
                 progress: flowing.progress,
                 preserved: flowing.preserved,
+                doors: flowing.doors,
                 terminal: flowing.terminal,
                 signals,
                 view,
@@ -250,6 +265,8 @@ struct Flowing {
     progress: [Option<Progress>; 2],
     /// Those descriptors from 3 upwards that the guest writes to.
     preserved: Vec<Progress>,
+    /// Those that listen.
+    doors: Vec<Door>,
 }
 
 /// The container in the guest, its streams flowing.
@@ -259,6 +276,7 @@ async fn set_up(
     request: CreateRequest,
     streams: Streams,
 ) -> Result<Flowing, CreateError> {
+    let listening = request.activation.listening.clone();
     let guest_ends = sandbox.create(id, request).await?.streams;
     let failed = |source| CreateError::Host {
         step: "pass the standard streams on",
@@ -270,16 +288,33 @@ async fn set_up(
     let output = |from: Option<OwnedFd>, to| from.map(|from| stdio::output(from, to)).transpose();
     let stdout = output(guest_ends.stdout, streams.stdout).map_err(failed)?;
     let stderr = output(guest_ends.stderr, streams.stderr).map_err(failed)?;
-    let preserved = preserved::join(streams.preserved, guest_ends.preserved).map_err(|source| {
-        CreateError::Host {
-            step: "pass the preserved descriptors on",
-            source,
+    let (mut ours, mut theirs, mut doors) = (Vec::new(), Vec::new(), Vec::new());
+    for ((socket, stream), index) in streams
+        .preserved
+        .into_iter()
+        .zip(guest_ends.preserved)
+        .zip(0..)
+    {
+        match listening.iter().find(|listening| listening.index == index) {
+            Some(listening) => doors.push(Door {
+                socket,
+                port: listening.vsock_port,
+            }),
+            None => {
+                ours.push(socket);
+                theirs.push(stream);
+            }
         }
+    }
+    let preserved = preserved::join(ours, theirs).map_err(|source| CreateError::Host {
+        step: "pass the preserved descriptors on",
+        source,
     })?;
     Ok(Flowing {
         terminal: streams.terminal,
         progress: [stdout, stderr],
         preserved,
+        doors,
     })
 }
 

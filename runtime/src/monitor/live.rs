@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{order::Report, serve};
+use super::{doors::Door, order::Report, serve};
 use crate::{
     cgroup::HostCgroup,
     control::Listener,
@@ -46,6 +46,8 @@ pub(super) struct Live {
     pub(super) progress: [Option<Progress>; 2],
     /// Those descriptors from 3 upwards that the guest writes to.
     pub(super) preserved: Vec<Progress>,
+    /// Those that listen.
+    pub(super) doors: Vec<Door>,
     /// The terminal whose size the container's follows.
     pub(super) terminal: Option<OwnedFd>,
     pub(super) signals: Signals,
@@ -167,6 +169,7 @@ impl Live {
             listener,
             progress,
             preserved,
+            doors,
             terminal,
             mut signals,
             view,
@@ -183,6 +186,10 @@ impl Live {
         };
         let following = follow(network, askers, sandbox.clone(), id.clone(), complain);
         let mut following = Box::pin(following);
+        let mut open = JoinSet::new();
+        for door in doors {
+            open.spawn(door.serve(sandbox.clone()));
+        }
         let end = end_of(&sandbox, &id, progress, preserved);
         tokio::pin!(end);
         let (status, lost) = loop {
@@ -208,6 +215,8 @@ impl Live {
             // `create` has gone long ago; `run` in the foreground is there.
             let _ = report.send(&Report::Lost(how), &[]).await;
         }
+        // What comes now stays with whoever else listens.
+        drop(open);
         let stored = record.set(Status::Stopped);
         sandbox.stop().await;
         // Commands that wait for processes of this container learn now that there are none left.

@@ -12,6 +12,7 @@
 //! Not here: the sandbox (`sandbox/`), hooks, pid files and removal, which are the commands' (`commands/`).
 
 mod create;
+mod doors;
 mod hooks;
 mod live;
 mod order;

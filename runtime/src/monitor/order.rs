@@ -36,6 +36,12 @@ pub struct Order {
     pub start: bool,
     /// How the host's cgroup is made.
     pub cgroups: Terms,
+    /// How many of the descriptors systemd has passed.
+    #[serde(default)]
+    pub activated: u32,
+    /// The container can say that it is ready.
+    #[serde(default)]
+    pub notify: bool,
     /// Where messages go once the caller is gone: file, format, debug.
     pub log: Option<(PathBuf, String, bool)>,
 }

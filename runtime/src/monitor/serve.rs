@@ -81,6 +81,7 @@ pub(super) async fn connection(
             };
             return reply(&packets, &answer, &[]).await;
         }
+        Request::Ready => sandbox.ready(&id).await.map(|()| None),
         Request::Watch => return watch(&packets, &sandbox, &id).await,
         Request::Update { resources } => {
             let answer = match update(&sandbox, &record, &id, &resources).await {

@@ -1,7 +1,6 @@
 //! What reaches the owner of a sandbox: requests of its handles, and what its own tasks bring back.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use caisson_agent_api::Network;
 
@@ -82,6 +81,15 @@ pub(super) enum Message {
         id: String,
         seen: u64,
         reply: Reply<u64>,
+    },
+    Ready {
+        id: String,
+        reply: Reply<()>,
+    },
+    Connect {
+        port: u32,
+        socket: OwnedFd,
+        reply: Reply<()>,
     },
     Update {
         id: String,

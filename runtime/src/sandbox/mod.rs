@@ -26,7 +26,7 @@ pub use self::{
     boot::{BootError, Booting, Ready},
     status::{Event, Refused, after},
 };
-pub use crate::agent::Exit;
+pub use crate::agent::{Activation, Exit};
 use crate::{
     agent::AgentError,
     process_table::{Table, TableError},
@@ -137,6 +137,8 @@ pub struct CreateRequest {
     pub network: Network,
     /// The size of the memory that the sandbox's containers share, if it uses it. The first one decides.
     pub shared_memory_bytes: Option<u64>,
+    /// What systemd gives it.
+    pub activation: Activation,
 }
 
 /// One more process for a container.
@@ -298,6 +300,22 @@ impl Sandbox {
         let id = id.to_owned();
         self.ask(|reply| Message::OutOfMemory { id, seen, reply })
             .await
+    }
+
+    /// Waits until a container says that it is ready (sd_notify(3)). An error once it has ended.
+    pub async fn ready(&self, id: &str) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Ready { id, reply }).await
+    }
+
+    /// Hands a connected stream socket in, to a vsock port on which the guest listens.
+    pub async fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), SandboxError> {
+        self.ask(|reply| Message::Connect {
+            port,
+            socket,
+            reply,
+        })
+        .await
     }
 
     /// Changes a container's limits in the guest: `resources` is a `linux.resources` object without what concerns the

@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_agent_api::CreateContainerRequest;
 use caisson_vmm_spec::{Cause, Event as VmEvent, Request};
 use tokio::{
     sync::{mpsc, watch},
@@ -223,6 +224,15 @@ impl Owner {
                     async move { Ok(agent.out_of_memory(&id, seen).await?) },
                 );
             }
+            Message::Ready { id, reply } => {
+                let agent = self.agent.clone();
+                self.observe(reply, async move { Ok(agent.ready(&id).await?) });
+            }
+            Message::Connect {
+                port,
+                socket,
+                reply,
+            } => answer(reply, vmm.connect(port, socket).await.map_err(Into::into)),
             Message::Update {
                 id,
                 resources,
@@ -311,16 +321,7 @@ impl Owner {
         let agent = self.agent.clone();
         self.task(async move {
             let result = async {
-                let pid = agent
-                    .create(
-                        &id,
-                        request.spec,
-                        &request.bundle,
-                        &ports,
-                        request.network,
-                        request.shared_memory_bytes.unwrap_or(0),
-                    )
-                    .await?;
+                let pid = agent.create(asked(&id, request), &ports).await?;
                 Ok(Started {
                     pid,
                     streams: arriving.connected().await?,
@@ -543,6 +544,20 @@ async fn tell(outbox: &mpsc::WeakSender<Message>, done: Done, busy: Option<Busy>
     if let Some(outbox) = outbox.upgrade() {
         // Fails only if the owner has ended, and then nobody needs to know.
         let _ = outbox.send(Message::Done(done, busy)).await;
+    }
+}
+
+/// What the agent is asked for a container; its streams come later.
+fn asked(id: &str, request: CreateRequest) -> CreateContainerRequest {
+    CreateContainerRequest {
+        container_id: id.to_owned(),
+        spec: request.spec,
+        bundle: request.bundle,
+        network: Some(request.network).into(),
+        shared_memory_bytes: request.shared_memory_bytes.unwrap_or(0),
+        listening: request.activation.listening,
+        notify: request.activation.notify,
+        ..Default::default()
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     monitor::HostHooks,
     network::{Connections, Following, Network, follow_in_background},
     rootless::Rootless,
-    sandbox::{CreateRequest, INIT, Sandbox},
+    sandbox::{Activation, CreateRequest, INIT, Sandbox},
     share::Share,
     shim::{
         container::{Container, Hooks},
@@ -322,6 +322,7 @@ impl Wanted {
             wanted: streams.wanted(self.paths.terminal),
             network,
             shared_memory_bytes,
+            activation: Activation::default(),
         };
         let started = sandbox.create(id, request).await?;
         init.hold_input(streams.keeper.take());
