@@ -14,9 +14,9 @@ PREFIX  ?= /usr
 DESTDIR ?=
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-# Host packages of the build: static libraries, and the lab's QEMU.
+# Host packages of the build: static libraries, the lab's QEMU, the compiler of the CRI's protocol.
 PACKAGES := build-essential pkg-config libseccomp-dev libcap-ng-dev qemu-system-x86 qemu-system-common \
-            e2fsprogs kmod mmdebstrap
+            e2fsprogs kmod mmdebstrap protobuf-compiler
 
 .PHONY: help
 help: ## Say what can be made
@@ -86,7 +86,7 @@ engines: build ## Run the tests with podman and Docker, in the lab, on runc and 
 # The lab's image with containerd in it is another one; the tests prove themselves on containerd's own shim.
 .PHONY: containerd
 containerd: build ## Run the tests under containerd on runc and on caisson; ARGS chooses tests
-	cargo test --release -p caisson-tests --test containerd --no-run
+	cargo test --release -p caisson-containerd-tests --test containerd --no-run
 	$(LAB) down
 	$(LAB) up --smp 1 --image engines
 	program=$$(ls -t $(RELEASE)/deps/containerd-* | grep -v '\.d$$' | head -n 1); \

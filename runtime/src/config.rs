@@ -1,8 +1,10 @@
 //! The host's configuration file: which guest is booted and how, the same for every container of this host.
 //!
-//! Contract: a missing file means the defaults; a present one is read whole, and an unknown key, a wrong type or a
-//! value out of its bounds is refused with its line. [`DEFAULT_FILE`] documents every key.
-//! Not here: what a single container asks for (`bundle.rs`, `sizing.rs`).
+//! Contract: a missing file means the defaults; a present one is read whole, then its drop-ins (`*.toml` in the
+//! directory of the same name with `.d`) in the order of their names, each of which replaces the keys that it names. An
+//! unknown key, a wrong type or a value out of its bounds is refused with its file and line. [`DEFAULT_FILE`] documents
+//! every key.
+//! Not here: what a single container asks for (`config/annotations.rs`, `bundle.rs`, `sizing.rs`).
 
 use std::{
     env, fs, io,
@@ -10,7 +12,12 @@ use std::{
 };
 
 use caisson_vmm_spec::MiB;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use toml::Table;
+
+mod annotations;
+
+pub use annotations::AnnotationError;
 
 /// Where the file is, unless [`PATH_VARIABLE`] names another.
 pub const DEFAULT_PATH: &str = "/etc/caisson/config.toml";
@@ -22,7 +29,7 @@ pub const PATH_VARIABLE: &str = "CAISSON_CONFIG";
 pub const DEFAULT_FILE: &str = include_str!("config.toml");
 
 /// What the file says, or the defaults.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The guest kernel, an uncompressed ELF image.
@@ -49,6 +56,8 @@ pub struct Config {
     pub debug_console: bool,
     /// Let a container's `config.json` choose kernel, initramfs and size of its virtual machine.
     pub allow_vm_section: bool,
+    /// The keys of this file that a container's annotations `io.caisson.KEY` may change.
+    pub allowed_annotations: Vec<String>,
 }
 
 impl Default for Config {
@@ -66,6 +75,7 @@ impl Default for Config {
             boot_timeout_ms: 30_000,
             debug_console: false,
             allow_vm_section: false,
+            allowed_annotations: Vec::new(),
         }
     }
 }
@@ -92,10 +102,12 @@ pub enum ConfigError {
         problem: String,
     },
     /// A value is out of its bounds.
-    #[error("configuration file {path}: {key} must be {bounds}", path = path.display())]
+    #[error("configuration file {path}, line {line}: {key} must be {bounds}", path = path.display())]
     Bounds {
         /// The file.
         path: PathBuf,
+        /// Counted from 1.
+        line: usize,
         /// Which value.
         key: &'static str,
         /// What it may be.
@@ -104,33 +116,43 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Reads the host's configuration: the file that [`PATH_VARIABLE`] names, else [`DEFAULT_PATH`] if it exists.
+    /// Reads the host's configuration: the file that [`PATH_VARIABLE`] names, else [`DEFAULT_PATH`] if it exists, and
+    /// the drop-ins beside it.
     pub fn load() -> Result<Self, ConfigError> {
         let named = env::var_os(PATH_VARIABLE).filter(|path| !path.is_empty());
-        let (path, may_be_absent) = match named {
-            Some(path) => (PathBuf::from(path), false),
-            None => (PathBuf::from(DEFAULT_PATH), true),
-        };
-        match fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text, &path),
-            Err(error) if may_be_absent && error.kind() == io::ErrorKind::NotFound => {
-                Ok(Self::default())
-            }
-            Err(source) => Err(ConfigError::Read { path, source }),
+        match named {
+            Some(path) => Self::read(Path::new(&path), false),
+            None => Self::read(Path::new(DEFAULT_PATH), true),
         }
+    }
+
+    fn read(path: &Path, may_be_absent: bool) -> Result<Self, ConfigError> {
+        let mut merged = Table::new();
+        match fs::read_to_string(path) {
+            Ok(text) => merged = layer(&text, path)?,
+            Err(error) if may_be_absent && error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(unread(path)(source)),
+        }
+        for path in drop_ins(path)? {
+            let text = fs::read_to_string(&path).map_err(unread(&path))?;
+            merged.extend(layer(&text, &path)?);
+        }
+        // Each key has been accepted in its own file.
+        Self::deserialize(merged).map_err(|error| ConfigError::Syntax {
+            path: path.into(),
+            line: 1,
+            problem: error.message().to_owned(),
+        })
     }
 
     /// Reads the text of a configuration file; `path` is for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Syntax {
-            path: path.into(),
-            line: error.span().map_or(1, |span| line_of(text, span.start)),
-            problem: error.message().to_owned(),
-        })?;
+        let config: Self = toml::from_str(text).map_err(syntax(text, path))?;
         config
             .check()
             .map_err(|(key, bounds)| ConfigError::Bounds {
                 path: path.into(),
+                line: line_of_key(text, key),
                 key,
                 bounds,
             })?;
@@ -159,8 +181,72 @@ impl Config {
         if self.memory_overhead_mib < MiB(32) {
             return Err(("memory_overhead_mib", "at least 32"));
         }
+        if !self
+            .allowed_annotations
+            .iter()
+            .all(|key| annotations::may_be_listed(key))
+        {
+            return Err((
+                "allowed_annotations",
+                "names of keys of this file, without vmm, allow_vm_section and itself",
+            ));
+        }
         Ok(())
     }
+}
+
+/// The keys of one file, all of which are right.
+fn layer(text: &str, path: &Path) -> Result<Table, ConfigError> {
+    Config::parse(text, path)?;
+    toml::from_str(text).map_err(syntax(text, path))
+}
+
+/// The drop-ins of a configuration file, in the order in which they count.
+fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let mut dir = path.as_os_str().to_owned();
+    dir.push(".d");
+    let dir = PathBuf::from(dir);
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(unread(&dir)(source)),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let file = entry.map_err(unread(&dir))?.path();
+        if file
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn unread(path: &Path) -> impl Fn(io::Error) -> ConfigError {
+    move |source| ConfigError::Read {
+        path: path.into(),
+        source,
+    }
+}
+
+fn syntax(text: &str, path: &Path) -> impl Fn(toml::de::Error) -> ConfigError {
+    move |error| ConfigError::Syntax {
+        path: path.into(),
+        line: error.span().map_or(1, |span| line_of(text, span.start)),
+        problem: error.message().to_owned(),
+    }
+}
+
+/// The line that sets a key of the top level, of which all keys are.
+fn line_of_key(text: &str, key: &str) -> usize {
+    let sets = |line: &str| {
+        let name = line.split('=').next().unwrap_or_default().trim();
+        name.trim_matches(['"', '\'']) == key
+    };
+    text.lines().position(sets).map_or(1, |index| index + 1)
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
@@ -193,7 +279,7 @@ mod tests {
             .map(|line| format!("{line}\n"))
             .collect();
         assert_eq!(parse(&uncommented).unwrap(), Config::default());
-        assert_eq!(uncommented.lines().count(), 12);
+        assert_eq!(uncommented.lines().count(), 13);
     }
 
     #[test]
@@ -238,9 +324,45 @@ mod tests {
                 "memory_overhead_mib must be at least 32",
             ),
             ("vmm = \"caisson-vmm\"", "vmm must be an absolute path"),
+            (
+                "allowed_annotations = [\"vmm\"]",
+                "allowed_annotations must be names of keys of this file, without vmm, allow_vm_section and itself",
+            ),
         ] {
-            let error = parse(text).unwrap_err().to_string();
-            assert_eq!(error, format!("configuration file /c.toml: {wanted}"));
+            let error = parse(&format!("# one\n\n{text}\n"))
+                .unwrap_err()
+                .to_string();
+            assert_eq!(
+                error,
+                format!("configuration file /c.toml, line 3: {wanted}")
+            );
         }
+    }
+
+    #[test]
+    fn drop_ins_replace_keys_in_the_order_of_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        fs::create_dir(dir.path().join("config.toml.d")).unwrap();
+        let drop_in = |name: &str, text: &str| {
+            fs::write(dir.path().join("config.toml.d").join(name), text).unwrap();
+        };
+        drop_in("20-b.toml", "default_vcpus = 3\n");
+        drop_in("10-a.toml", "default_vcpus = 2\nhuge_pages = false\n");
+        drop_in("30-c.toml.disabled", "nonsense");
+        // Without a main file the drop-ins still count.
+        let config = Config::read(&file, true).unwrap();
+        assert_eq!((config.default_vcpus, config.huge_pages), (3, false));
+        assert!(Config::read(&file, false).is_err());
+        fs::write(&file, "default_vcpus = 4\ndefault_memory_mib = 128\n").unwrap();
+        let config = Config::read(&file, false).unwrap();
+        assert_eq!(
+            (config.default_vcpus, config.default_memory_mib),
+            (3, MiB(128))
+        );
+        drop_in("40-d.toml", "\nkernal = \"/k\"\n");
+        let error = Config::read(&file, false).unwrap_err().to_string();
+        let wanted = "config.toml.d/40-d.toml, line 2: unknown field `kernal`";
+        assert!(error.contains(wanted), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! A containerd of a test's own, with one image.
+//! A containerd of a test's own, with one image under two names.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 
 /// The image's name.
 pub(crate) const IMAGE: &str = "docker.io/test/busybox:latest";
+
+/// The same as the image of a pod's sandbox: it waits.
+pub(crate) const PAUSE: &str = "docker.io/test/pause:latest";
 
 /// What containerd says when it serves.
 const READY: &str = "containerd successfully booted";
@@ -43,19 +46,26 @@ pub(crate) fn begin() -> Case {
         fs::create_dir_all(dir).expect("containerd's directories");
     }
     // Runtimes make the parents of a cgroup and leave them.
-    for group in ["default", "pods"] {
+    for group in ["default", "pods", "k8s.io"] {
         fs::create_dir_all(Path::new("/sys/fs/cgroup").join(group)).expect("cgroup");
     }
     Case::begin()
 }
 
 impl<'c> Daemon<'c> {
-    /// Starts containerd and imports the image.
+    /// Starts containerd without its CRI and imports the image.
     pub(crate) fn start(case: &'c Case) -> Self {
+        let without = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
+        Self::configured(case, "default", without, "")
+    }
+
+    /// Starts containerd with more configuration, before and after the common part, and imports the images into one of
+    /// its namespaces.
+    pub(crate) fn configured(case: &'c Case, namespace: &str, first: &str, last: &str) -> Self {
         let dir = case.dir();
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
-             [grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n",
+            "version = 2\nroot = {:?}\nstate = {:?}\n{first}\
+             [grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{last}",
             dir.join("containerd"),
             dir.join("state"),
             dir.join("containerd.sock"),
@@ -64,8 +74,16 @@ impl<'c> Daemon<'c> {
         let mut daemon = Self { case, child: None };
         daemon.restart();
         let image = image(case);
-        daemon.ctr(["image", "import"]).args([&image]).succeed();
         daemon
+            .ctr(["--namespace", namespace, "image", "import"])
+            .args([&image])
+            .succeed();
+        daemon
+    }
+
+    /// Where it serves.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.case.dir().join("containerd.sock")
     }
 
     /// Starts containerd once more, after [`Self::kill`].
@@ -228,9 +246,23 @@ fn image(case: &Case) -> PathBuf {
     let layer = case.dir().join("layer.tar");
     pack(&rootfs, &layer);
     let layer = blob(&blobs, &fs::read(layer).expect("layer"));
+    let manifests = [
+        manifest(&blobs, &layer, IMAGE, &["/bin/sh"]),
+        manifest(&blobs, &layer, PAUSE, &["/bin/sleep", "1000000"]),
+    ];
+    let index = json!({"schemaVersion": 2, "manifests": manifests});
+    fs::write(dir.join("index.json"), index.to_string()).expect("index");
+    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).expect("layout");
+    let archive = case.dir().join("image.tar");
+    pack(&dir, &archive);
+    archive
+}
+
+/// Stores an image's manifest and describes it.
+fn manifest(blobs: &Path, layer: &Value, name: &str, command: &[&str]) -> Value {
     let config = json!({
         "architecture": "amd64", "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]},
+        "config": {"Env": ["PATH=/bin"], "Cmd": command},
         "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
     });
     let with_type = |mut blob: Value, kind: &str| {
@@ -239,20 +271,15 @@ fn image(case: &Case) -> PathBuf {
     };
     let manifest = json!({
         "schemaVersion": 2,
-        "config": with_type(blob(&blobs, config.to_string().as_bytes()), "config.v1+json"),
-        "layers": [with_type(layer, "layer.v1.tar")],
+        "config": with_type(blob(blobs, config.to_string().as_bytes()), "config.v1+json"),
+        "layers": [with_type(layer.clone(), "layer.v1.tar")],
     });
     let mut manifest = with_type(
-        blob(&blobs, manifest.to_string().as_bytes()),
+        blob(blobs, manifest.to_string().as_bytes()),
         "manifest.v1+json",
     );
-    manifest["annotations"] = json!({"io.containerd.image.name": IMAGE});
-    let index = json!({"schemaVersion": 2, "manifests": [manifest]});
-    fs::write(dir.join("index.json"), index.to_string()).expect("index");
-    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).expect("layout");
-    let archive = case.dir().join("image.tar");
-    pack(&dir, &archive);
-    archive
+    manifest["annotations"] = json!({"io.containerd.image.name": name});
+    manifest
 }
 
 fn pack(dir: &Path, archive: &Path) {

@@ -1,11 +1,17 @@
-//! caisson under containerd: `ctr` as a person uses it, on Debian's containerd.
+//! caisson under containerd: `ctr` as a person uses it and the CRI as the kubelet does, on Debian's containerd.
 //!
 //! `RUNTIME=runc` runs the same tests on containerd's own shim, which proves them. They need containerd and ctr, which
 //! the lab's image `engines` has: `make containerd`.
 
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
+mod cri;
+mod cri_pods;
+mod cri_security;
+mod cri_volumes;
 mod daemon;
 mod deaths;
+mod kubelet;
 mod pods;
+mod streaming;
 mod tasks;

@@ -23,7 +23,7 @@ use crate::{
     boot::{Boot, StartError},
     bundle::{Bundle, BundleError, Caller},
     cgroup::{CgroupError, HostCgroup},
-    config::{Config, ConfigError},
+    config::{AnnotationError, Config, ConfigError},
     control::{ControlError, Listener},
     forwarded::Signals,
     guest_spec,
@@ -47,6 +47,8 @@ use crate::{
 pub(super) enum CreateError {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]
@@ -120,6 +122,7 @@ pub(super) async fn create(
     };
     let config = Config::load()?;
     let bundle = Bundle::load(&order.bundle, &config)?;
+    let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
     let caller = Caller {
         detach: order.detach,
         console_socket: order.console_socket.is_some(),

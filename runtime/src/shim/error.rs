@@ -13,7 +13,7 @@ use crate::{
     boot::StartError,
     bundle::BundleError,
     cgroup::CgroupError,
-    config::ConfigError,
+    config::{AnnotationError, ConfigError},
     hooks::HookError,
     network::NetworkError,
     sandbox::{BootError, SandboxError},
@@ -48,6 +48,8 @@ pub(super) enum TaskError {
     Role(#[from] RoleError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]

@@ -241,6 +241,7 @@ impl Wanted {
             Role::Member { .. } => Bundle::load_member(&path, &config)?,
             Role::Alone | Role::Sandbox => Bundle::load(&path, &config)?,
         };
+        let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
         let hooks = Hooks {
             lists: HostHooks::of(&bundle.spec),
             state: first_state(&id, &bundle),

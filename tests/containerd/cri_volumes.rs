@@ -1,0 +1,144 @@
+//! Volumes as the kubelet makes them: directories and files of the host below a pod's own directory.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use caisson_tests::Tmpfs;
+use k8s_cri::v1::MountPropagation;
+
+use crate::kubelet::{Kubelet, begin_pods, volume};
+
+#[test]
+fn a_host_path_is_shared_both_ways_or_read_only() {
+    let case = begin_pods();
+    let node = Kubelet::start(&case);
+    let pod = node.pod("one");
+    let (open, closed) = (case.dir().join("open"), case.dir().join("closed"));
+    for dir in [&open, &closed] {
+        fs::create_dir(dir).expect("directory");
+        fs::write(dir.join("before"), "here").expect("file");
+    }
+    fs::create_dir(open.join("sub")).expect("subPath");
+    fs::write(open.join("sub/app.conf"), "a = 1").expect("file");
+    fs::write(case.dir().join("message"), "").expect("file");
+    let mut config = pod.container("main", "exec sleep 1000");
+    config.mounts = vec![
+        volume(&open, "/open", false),
+        volume(&closed, "/closed", true),
+        volume(&open.join("sub/app.conf"), "/etc/app.conf", true),
+        volume(&open.join("sub"), "/sub", false),
+        volume(&case.dir().join("message"), "/dev/termination-log", false),
+    ];
+    let id = pod.run(config);
+    assert_eq!(
+        node.said(&id, "cat /open/before /closed/before"),
+        "herehere"
+    );
+    fs::write(open.join("later"), "from the host").expect("file");
+    assert_eq!(node.said(&id, "cat /open/later"), "from the host");
+    node.said(
+        &id,
+        "echo from the guest > /open/back; echo why > /dev/termination-log",
+    );
+    assert_eq!(
+        fs::read_to_string(open.join("back")).expect("file"),
+        "from the guest\n"
+    );
+    let message = fs::read_to_string(case.dir().join("message"));
+    assert_eq!(message.expect("file"), "why\n");
+    let refused = node
+        .exec_sync(&id, "touch /closed/x", 60)
+        .expect("ExecSync");
+    assert_ne!(refused.exit_code, 0);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("Read-only file system"));
+    assert_eq!(
+        node.said(&id, "cat /etc/app.conf /sub/app.conf"),
+        "a = 1a = 1"
+    );
+    node.said(&id, "touch /sub/made; ! touch /etc/app.conf");
+    assert!(open.join("sub/made").exists());
+    pod.end();
+}
+
+/// The kubelet's atomic writer: files are links through `..data`, which is replaced by a rename.
+fn publish(dir: &Path, version: &str, value: &str) {
+    let data = dir.join(format!("..{version}"));
+    fs::create_dir(&data).expect("directory");
+    fs::write(data.join("key"), value).expect("file");
+    symlink(format!("..{version}"), dir.join("..data_tmp")).expect("link");
+    fs::rename(dir.join("..data_tmp"), dir.join("..data")).expect("rename");
+}
+
+#[test]
+fn a_config_map_changes_within_a_second() {
+    let case = begin_pods();
+    let node = Kubelet::start(&case);
+    let pod = node.pod("one");
+    let dir = case.dir().join("config");
+    fs::create_dir(&dir).expect("directory");
+    publish(&dir, "2026_1", "one");
+    symlink("..data/key", dir.join("key")).expect("link");
+    let mut config = pod.container("main", "exec sleep 1000");
+    config.mounts = vec![volume(&dir, "/config", true)];
+    let id = pod.run(config);
+    assert_eq!(node.said(&id, "cat /config/key"), "one");
+    for (version, value) in [("2026_2", "two"), ("2026_3", "three")] {
+        publish(&dir, version, value);
+        assert_eq!(node.said(&id, "sleep 1; cat /config/key"), value);
+    }
+    fs::remove_dir_all(dir.join("..2026_1")).expect("remove");
+    assert!(!node.said(&id, "ls -a /config").contains("2026_1"));
+    pod.end();
+}
+
+#[test]
+fn an_empty_dir_in_memory_has_its_size_limit() {
+    let case = begin_pods();
+    let memory = Tmpfs::mount(&case.dir().join("memory"));
+    let limited = Command::new("mount")
+        .args(["-o", "remount,size=1m"])
+        .arg(memory.dir())
+        .status();
+    assert!(limited.expect("mount").success());
+    let node = Kubelet::start(&case);
+    let pod = node.pod("one");
+    let ids = ["a", "b"].map(|name| {
+        let mut config = pod.container(name, "exec sleep 1000");
+        config.mounts = vec![volume(memory.dir(), "/memory", false)];
+        pod.run(config)
+    });
+    node.said(&ids[0], "head -c 900000 /dev/zero > /memory/x");
+    assert_eq!(node.said(&ids[1], "wc -c < /memory/x"), "900000");
+    let more = node.exec_sync(&ids[1], "head -c 900000 /dev/zero > /memory/y", 60);
+    let more = more.expect("ExecSync");
+    assert!(String::from_utf8_lossy(&more.stderr).contains("No space left"));
+    pod.end();
+    assert!(memory.dir().join("x").exists());
+}
+
+#[test]
+fn a_volume_follows_what_the_host_mounts_in_it() {
+    let case = begin_pods();
+    let outer = Tmpfs::mount(&case.dir().join("outer"));
+    let shared = Command::new("mount")
+        .arg("--make-shared")
+        .arg(outer.dir())
+        .status();
+    assert!(shared.expect("mount").success());
+    let node = Kubelet::start(&case);
+    let pod = node.pod("one");
+    let mut config = pod.container("main", "exec sleep 1000");
+    let mut mount = volume(outer.dir(), "/outer", false);
+    mount.set_propagation(MountPropagation::PropagationHostToContainer);
+    config.mounts = vec![mount];
+    let id = pod.run(config);
+    {
+        let inner = Tmpfs::mount(&outer.dir().join("inner"));
+        fs::write(inner.dir().join("x"), "mounted later").expect("file");
+        assert_eq!(node.said(&id, "cat /outer/inner/x"), "mounted later");
+    }
+    assert_eq!(node.said(&id, "ls /outer/inner"), "");
+    pod.end();
+}

@@ -1,0 +1,418 @@
+//! A node with containerd's CRI and a network, and pods on it made as the kubelet makes them.
+//!
+//! Dropping a [`Kubelet`] stops and removes its pods, so that only what the runtime leaves behind is left behind.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use caisson_tests::Case;
+use caisson_tests::case::runtime;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
+    CreateContainerRequest, DnsConfig, ExecSyncRequest, ExecSyncResponse, ImageSpec,
+    ImageStatusRequest, KeyValue, LinuxContainerConfig, LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest,
+};
+use tonic::Status;
+
+use crate::cri::Cri;
+use crate::daemon::{Daemon, IMAGE, PAUSE, begin};
+
+/// How long a container may take to end.
+const END: Duration = Duration::from_secs(120);
+
+/// The pods' bridge on the host.
+const BRIDGE: &str = "cni-test";
+
+/// A node. Fields are dropped in order.
+pub(crate) struct Kubelet<'c> {
+    pub(crate) cri: Cri,
+    _daemon: Daemon<'c>,
+    dir: PathBuf,
+}
+
+/// A running pod.
+pub(crate) struct Pod<'k> {
+    pub(crate) kubelet: &'k Kubelet<'k>,
+    pub(crate) id: String,
+    pub(crate) config: PodSandboxConfig,
+}
+
+/// A case in which the directories of CNI are there already.
+pub(crate) fn begin_pods() -> Case {
+    for dir in [
+        "/run/netns",
+        "/var/run/netns",
+        "/var/lib/cni/results",
+        "/run/containerd/io.containerd.runtime.v2.task",
+    ] {
+        fs::create_dir_all(dir).expect("directory");
+    }
+    begin()
+}
+
+impl<'c> Kubelet<'c> {
+    /// Starts containerd with both runtimes as handlers and a bridge for pods.
+    pub(crate) fn start(case: &'c Case) -> Self {
+        let dir = case.dir().to_owned();
+        fs::create_dir_all(dir.join("cni")).expect("directory");
+        fs::write(dir.join("cni/10-test.conflist"), network(&dir)).expect("conflist");
+        let cri = format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {PAUSE:?}\n\
+             stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n\
+             {}{}",
+            dir.join("cni"),
+            handler("runc"),
+            handler("caisson"),
+        );
+        let daemon = Daemon::configured(case, "k8s.io", "", &cri);
+        let cri = Cri::connect(&daemon.socket());
+        let kubelet = Self {
+            cri,
+            _daemon: daemon,
+            dir,
+        };
+        kubelet.wait_for_image(IMAGE);
+        kubelet.wait_for_image(PAUSE);
+        kubelet
+    }
+
+    /// The CRI hears of an import by containerd's events.
+    fn wait_for_image(&self, name: &str) {
+        let wanted = ImageStatusRequest {
+            image: Some(image(name)),
+            ..Default::default()
+        };
+        until(Duration::from_secs(30), "the CRI knows the image", || {
+            let answer = self
+                .cri
+                .answer(self.cri.images().image_status(wanted.clone()));
+            answer.expect("ImageStatus").image
+        });
+    }
+
+    /// What the kubelet says of a pod.
+    pub(crate) fn pod_config(&self, name: &str) -> PodSandboxConfig {
+        let logs = self.dir.join("logs").join(name);
+        fs::create_dir_all(&logs).expect("log directory");
+        PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "tests".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: logs.to_string_lossy().into_owned(),
+            dns_config: Some(DnsConfig {
+                servers: vec!["10.9.8.7".to_owned()],
+                searches: vec!["tests.svc".to_owned()],
+                options: vec!["ndots:5".to_owned()],
+            }),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: format!("/pods/{name}"),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// Runs a pod with the runtime under test.
+    pub(crate) fn run(&self, config: PodSandboxConfig) -> Result<Pod<'_>, Status> {
+        self.run_by(&self.cri, config)
+    }
+
+    /// The same over a connection of the caller's own: several threads have one each.
+    pub(crate) fn run_by(&self, cri: &Cri, config: PodSandboxConfig) -> Result<Pod<'_>, Status> {
+        let parent = config.linux.as_ref().map(|linux| &linux.cgroup_parent);
+        fs::create_dir_all(group(parent.expect("cgroup_parent"))).expect("cgroup");
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: runtime(),
+        };
+        let ran = cri.answer(cri.runtime().run_pod_sandbox(request))?;
+        Ok(Pod {
+            kubelet: self,
+            id: ran.pod_sandbox_id,
+            config,
+        })
+    }
+
+    /// Runs a pod with nothing special about it.
+    pub(crate) fn pod(&self, name: &str) -> Pod<'_> {
+        self.run(self.pod_config(name)).expect("RunPodSandbox")
+    }
+
+    /// What is true of a container.
+    pub(crate) fn status(&self, container: &str) -> ContainerStatus {
+        let request = ContainerStatusRequest {
+            container_id: container.to_owned(),
+            verbose: false,
+        };
+        let answer = self
+            .cri
+            .answer(self.cri.runtime().container_status(request));
+        answer.expect("ContainerStatus").status.expect("a status")
+    }
+
+    /// Asks, as the kubelet does, until a container has ended.
+    pub(crate) fn wait(&self, container: &str) -> ContainerStatus {
+        until(END, "the container ends", || {
+            let status = self.status(container);
+            (status.state() == ContainerState::ContainerExited).then_some(status)
+        })
+    }
+
+    /// Runs a program in a container and waits for it; `timeout` in seconds, 0: none.
+    pub(crate) fn exec_sync(
+        &self,
+        container: &str,
+        script: &str,
+        timeout: i64,
+    ) -> Result<ExecSyncResponse, Status> {
+        let request = ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(),
+            timeout,
+        };
+        self.cri.answer(self.cri.runtime().exec_sync(request))
+    }
+
+    /// What a script says that succeeds.
+    #[track_caller]
+    pub(crate) fn said(&self, container: &str, script: &str) -> String {
+        let answer = self.exec_sync(container, script, 60).expect("ExecSync");
+        let stderr = String::from_utf8_lossy(&answer.stderr);
+        assert_eq!(answer.exit_code, 0, "{script}: {stderr}");
+        String::from_utf8_lossy(&answer.stdout).trim().to_owned()
+    }
+
+    /// Stops a container; `grace` in seconds.
+    pub(crate) fn stop(&self, container: &str, grace: i64) {
+        let request = StopContainerRequest {
+            container_id: container.to_owned(),
+            timeout: grace,
+        };
+        let answer = self.cri.answer(self.cri.runtime().stop_container(request));
+        answer.expect("StopContainer");
+    }
+
+    /// Removes a container.
+    pub(crate) fn remove(&self, container: &str) {
+        let request = RemoveContainerRequest {
+            container_id: container.to_owned(),
+        };
+        let answer = self
+            .cri
+            .answer(self.cri.runtime().remove_container(request));
+        answer.expect("RemoveContainer");
+    }
+
+    /// Stops and removes a pod.
+    pub(crate) fn end(&self, cri: &Cri, pod: &str) -> Result<(), Status> {
+        let pod_sandbox_id = pod.to_owned();
+        let request = StopPodSandboxRequest { pod_sandbox_id };
+        cri.answer(cri.runtime().stop_pod_sandbox(request))?;
+        let pod_sandbox_id = pod.to_owned();
+        let request = RemovePodSandboxRequest { pod_sandbox_id };
+        cri.answer(cri.runtime().remove_pod_sandbox(request))?;
+        Ok(())
+    }
+}
+
+impl Drop for Kubelet<'_> {
+    fn drop(&mut self) {
+        let request = ListPodSandboxRequest::default();
+        let pods = self
+            .cri
+            .answer(self.cri.runtime().list_pod_sandbox(request));
+        for pod in pods.map(|pods| pods.items).unwrap_or_default() {
+            if let Err(error) = self.end(&self.cri, &pod.id) {
+                eprintln!("pod {}: {error}", pod.id);
+            }
+        }
+        for pod in fs::read_dir(group("/pods")).into_iter().flatten().flatten() {
+            // Files of a cgroup are not entries to remove.
+            let _ = fs::remove_dir(pod.path());
+        }
+        let _ = Command::new("ip").args(["link", "del", BRIDGE]).output();
+    }
+}
+
+impl Pod<'_> {
+    /// What the kubelet says of a container that runs a script.
+    pub(crate) fn container(&self, name: &str, script: &str) -> ContainerConfig {
+        ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: name.to_owned(),
+                attempt: 0,
+            }),
+            image: Some(image(IMAGE)),
+            command: vec!["/bin/sh".to_owned()],
+            args: vec!["-c".to_owned(), script.to_owned()],
+            envs: vec![KeyValue {
+                key: "POD".to_owned(),
+                value: self.config.hostname.clone(),
+            }],
+            log_path: format!("{name}.log"),
+            linux: Some(LinuxContainerConfig {
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// Creates a container.
+    pub(crate) fn create(&self, config: ContainerConfig) -> Result<String, Status> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let cri = &self.kubelet.cri;
+        Ok(cri
+            .answer(cri.runtime().create_container(request))?
+            .container_id)
+    }
+
+    /// Creates and starts a container; what starts it says why not.
+    pub(crate) fn try_run(&self, config: ContainerConfig) -> Result<String, Status> {
+        let id = self.create(config)?;
+        let request = StartContainerRequest {
+            container_id: id.clone(),
+        };
+        let cri = &self.kubelet.cri;
+        cri.answer(cri.runtime().start_container(request))?;
+        Ok(id)
+    }
+
+    /// Creates and starts a container.
+    #[track_caller]
+    pub(crate) fn run(&self, config: ContainerConfig) -> String {
+        self.try_run(config).expect("StartContainer")
+    }
+
+    /// Creates and starts a container that runs a script.
+    #[track_caller]
+    pub(crate) fn script(&self, name: &str, script: &str) -> String {
+        self.run(self.container(name, script))
+    }
+
+    /// A container's log.
+    pub(crate) fn log_file(&self, name: &str) -> PathBuf {
+        Path::new(&self.config.log_directory).join(format!("{name}.log"))
+    }
+
+    /// The lines of a container's log: stream and text.
+    pub(crate) fn log(&self, name: &str) -> Vec<String> {
+        let text = fs::read_to_string(self.log_file(name)).expect("log");
+        text.lines().map(logged).collect()
+    }
+
+    /// Its address.
+    pub(crate) fn address(&self) -> String {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: false,
+        };
+        let cri = &self.kubelet.cri;
+        let answer = cri.answer(cri.runtime().pod_sandbox_status(request));
+        let status = answer.expect("PodSandboxStatus").status.expect("a status");
+        status.network.expect("a network").ip
+    }
+
+    /// Stops and removes it.
+    pub(crate) fn end(self) {
+        let ended = self.kubelet.end(&self.kubelet.cri, &self.id);
+        ended.expect("StopPodSandbox, RemovePodSandbox");
+    }
+}
+
+/// A line of a log without its time: `stdout F text`.
+fn logged(line: &str) -> String {
+    line.split_once(' ')
+        .map_or(line, |(_, rest)| rest)
+        .to_owned()
+}
+
+/// A volume.
+pub(crate) fn volume(host: &Path, container: &str, readonly: bool) -> Mount {
+    Mount {
+        host_path: host.to_string_lossy().into_owned(),
+        container_path: container.to_owned(),
+        readonly,
+        ..Default::default()
+    }
+}
+
+/// Asks every tenth of a second until there is an answer: the CRI has no other way.
+#[track_caller]
+pub(crate) fn until<T>(limit: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < end, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The namespaces of a pod and of its containers, as the kubelet asks for them.
+pub(crate) fn namespaces() -> NamespaceOption {
+    NamespaceOption {
+        network: NamespaceMode::Pod.into(),
+        pid: NamespaceMode::Container.into(),
+        ipc: NamespaceMode::Pod.into(),
+        ..Default::default()
+    }
+}
+
+fn image(name: &str) -> ImageSpec {
+    ImageSpec {
+        image: name.to_owned(),
+        ..Default::default()
+    }
+}
+
+fn group(path: &str) -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'))
+}
+
+fn handler(name: &str) -> String {
+    format!(
+        "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]\n\
+         runtime_type = \"io.containerd.{name}.v2\"\npod_annotations = [\"io.caisson.*\"]\nprivileged_without_host_devices = true\n",
+    )
+}
+
+/// A bridge on which pods reach each other.
+fn network(dir: &Path) -> String {
+    serde_json::json!({
+        "cniVersion": "0.4.0",
+        "name": "test",
+        "plugins": [{
+            "type": "bridge", "bridge": BRIDGE, "isGateway": true,
+            "ipam": {
+                "type": "host-local", "dataDir": dir.join("leases"),
+                "ranges": [[{"subnet": "10.88.0.0/16"}]],
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        }],
+    })
+    .to_string()
+}

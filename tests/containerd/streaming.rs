@@ -1,0 +1,97 @@
+//! The CRI's streaming server: a WebSocket whose messages begin with the number of their stream.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use tungstenite::client::IntoClientRequest;
+use tungstenite::http::HeaderValue;
+use tungstenite::{Message, WebSocket};
+
+/// How long the next message may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The streams of `v4.channel.k8s.io`.
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const STATUS: u8 = 3;
+const SIZE: u8 = 4;
+
+/// A process's streams. Reading gives up after a minute.
+pub(crate) struct Stream {
+    socket: WebSocket<TcpStream>,
+    /// All output so far.
+    pub(crate) output: String,
+    /// What the server says of the end, as JSON.
+    pub(crate) status: String,
+}
+
+impl Stream {
+    /// Opens the address that `Exec` or `Attach` answered with.
+    pub(crate) fn open(url: &str) -> Self {
+        let address = url.strip_prefix("http://").expect("an http address");
+        let host = address.split('/').next().expect("a host");
+        let stream = TcpStream::connect(host).expect("the streaming server");
+        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
+        let mut request = format!("ws://{address}")
+            .into_client_request()
+            .expect("request");
+        let protocol = HeaderValue::from_static("v4.channel.k8s.io");
+        request
+            .headers_mut()
+            .insert("Sec-WebSocket-Protocol", protocol);
+        let origin = HeaderValue::from_static("http://localhost");
+        request.headers_mut().insert("Origin", origin);
+        let (socket, _) = tungstenite::client(request, stream).expect("a WebSocket");
+        Self {
+            socket,
+            output: String::new(),
+            status: String::new(),
+        }
+    }
+
+    /// Types.
+    pub(crate) fn write(&mut self, text: &str) {
+        self.send(STDIN, text);
+    }
+
+    /// Gives the terminal a size.
+    pub(crate) fn resize(&mut self, columns: u16, rows: u16) {
+        self.send(SIZE, &format!("{{\"Width\":{columns},\"Height\":{rows}}}"));
+    }
+
+    /// Reads until the output contains a text.
+    #[track_caller]
+    pub(crate) fn wait_for(&mut self, text: &str) {
+        while !self.output.contains(text) {
+            assert!(self.read(), "no {text:?} in {:?}", self.output);
+        }
+    }
+
+    /// Reads until the server closes.
+    pub(crate) fn finish(&mut self) {
+        while self.read() {}
+    }
+
+    fn send(&mut self, stream: u8, text: &str) {
+        let mut message = vec![stream];
+        message.extend_from_slice(text.as_bytes());
+        self.socket.send(Message::binary(message)).expect("send");
+    }
+
+    /// Whether there was one more message.
+    fn read(&mut self) -> bool {
+        let Ok(message) = self.socket.read() else {
+            return false;
+        };
+        let bytes = message.into_data();
+        if let Some((stream, text)) = bytes.split_first() {
+            let text = String::from_utf8_lossy(text);
+            match *stream {
+                STDOUT => self.output.push_str(&text),
+                STATUS => self.status.push_str(&text),
+                _ => {}
+            }
+        }
+        true
+    }
+}
