@@ -17,7 +17,7 @@ fn context(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
 }
 
 #[test]
-fn a_container_has_the_user_and_groups_of_its_security_context() {
+fn user_groups_and_capabilities_are_those_asked_for() {
     let case = begin_pods();
     let node = Kubelet::start(&case);
     let pod = node.pod("one");
@@ -49,7 +49,7 @@ fn a_container_has_the_user_and_groups_of_its_security_context() {
 }
 
 #[test]
-fn seccomp_profiles_and_paths_of_proc_are_what_was_asked_for() {
+fn seccomp_and_paths_of_proc_are_as_asked_for() {
     let case = begin_pods();
     let node = Kubelet::start(&case);
     let pod = node.pod("one");
@@ -87,7 +87,7 @@ fn seccomp_profiles_and_paths_of_proc_are_what_was_asked_for() {
 }
 
 #[test]
-fn a_pods_sysctls_and_size_hold_for_its_containers() {
+fn a_pods_sysctls_and_size_hold() {
     let case = begin_pods();
     let node = Kubelet::start(&case);
     let mut config = node.pod_config("one");
@@ -169,7 +169,13 @@ fn a_pod_reaches_another_by_the_network_alone() {
     fs::create_dir(&scripts).expect("directory");
     fs::write(scripts.join("hold"), HOLD).expect("script");
     fs::write(scripts.join("reach"), REACH).expect("script");
-    let (a, b) = (node.pod("a"), node.pod("b"));
+    let [a, b] = ["a", "b"].map(|name| {
+        let mut config = node.pod_config(name);
+        let linux = config.linux.as_mut().expect("linux");
+        let context = linux.security_context.as_mut();
+        context.expect("security context").privileged = true;
+        node.run(config).expect("RunPodSandbox")
+    });
     let hider = b.run(with_python(&b, "hider", &scripts));
     let seeker = a.run(with_python(&a, "seeker", &scripts));
     node.said(

@@ -113,7 +113,9 @@ fn an_empty_dir_in_memory_has_its_size_limit() {
     assert_eq!(node.said(&ids[1], "wc -c < /memory/x"), "900000");
     let more = node.exec_sync(&ids[1], "head -c 900000 /dev/zero > /memory/y", 60);
     let more = more.expect("ExecSync");
-    assert!(String::from_utf8_lossy(&more.stderr).contains("No space left"));
+    assert_ne!(more.exit_code, 0);
+    let stderr = String::from_utf8_lossy(&more.stderr);
+    assert!(stderr.contains("No space left"), "{stderr}");
     pod.end();
     assert!(memory.dir().join("x").exists());
 }
