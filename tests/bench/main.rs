@@ -4,11 +4,13 @@
 //! (this program, the kernel, the VMM, the guest), so a difference of two clock readings is a count and repeats exactly.
 //! Each subject runs the same bundle (busybox `true`). Three separate passes, so that no measurement is inside another:
 //! the clock alone; VM exits, by a histogram on `kvm:kvm_exit`; phases, by the rare trace events that part them.
-//! Prints tables and fails nothing; `bench files` prints only the one of operations on files.
+//! Prints tables and fails nothing; `bench files` and `bench steps` print only that of operations on files or of single
+//! commands.
 //! Not here: the lab (`tests/lab`), judging the figures (the README's reader).
 
 mod files;
 mod idle;
+mod steps;
 mod subject;
 mod trace;
 
@@ -33,8 +35,10 @@ fn main() -> ExitCode {
 
 fn bench() -> io::Result<()> {
     let place = subject::Place::prepare()?;
-    if std::env::args().nth(1).as_deref() == Some("files") {
-        return files::report(&place);
+    match std::env::args().nth(1).as_deref() {
+        Some("files") => return files::report(&place),
+        Some("steps") => return steps::report(&place),
+        _ => {}
     }
     let trace = trace::Trace::open()?;
     if std::env::var_os("LAB_ICOUNT").is_none() {
@@ -48,6 +52,7 @@ fn bench() -> io::Result<()> {
         }
     }
     phases(&place, &trace)?;
+    steps::report(&place)?;
     idle::report(&place)?;
     files::report(&place)
 }

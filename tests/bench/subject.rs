@@ -71,8 +71,8 @@ impl Subject {
         }
     }
 
-    /// The command that runs `bundle`.
-    fn command(self, place: &Place, bundle: &Path) -> io::Result<Command> {
+    /// The program, without arguments.
+    pub(crate) fn program(self, place: &Place) -> Command {
         let mut command = match self {
             Self::Bare => Command::new("/bin/busybox"),
             Self::Crun => Command::new("crun"),
@@ -80,13 +80,19 @@ impl Subject {
             Self::Caisson => Command::new(place.dir.join("caisson")),
             Self::Microvm => Command::new("/usr/bin/qemu-system-x86_64-microvm"),
         };
+        command.env("CAISSON_CONFIG", place.dir.join("config.toml"));
+        command
+    }
+
+    /// The command that runs `bundle`.
+    fn command(self, place: &Place, bundle: &Path) -> io::Result<Command> {
+        let mut command = self.program(place);
         match self {
             Self::Bare => command.arg("true"),
             Self::Microvm => command.args(place.microvm()?),
             _ => command.args(["run", "-b"]).arg(bundle).arg("bench"),
         };
         command
-            .env("CAISSON_CONFIG", place.dir.join("config.toml"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
