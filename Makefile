@@ -95,6 +95,18 @@ containerd: build ## Run the tests under containerd on runc and on caisson; ARGS
 	done
 	$(LAB) down
 
+# PID 1 of this image of the lab is systemd.
+.PHONY: systemd
+systemd: build ## Run the tests of --systemd-cgroup, in the lab, on runc and on caisson; ARGS chooses tests
+	cargo test --release -p caisson-tests --test systemd --no-run
+	$(LAB) down
+	$(LAB) up --smp 1 --image systemd
+	program=$$(ls -t $(RELEASE)/deps/systemd-* | grep -v '\.d$$' | head -n 1); \
+	for runtime in runc caisson; do \
+	  $(LAB) exec -t 1200 -e RUNTIME=$$runtime -- $(CURDIR)/$$program --test-threads=1 $(ARGS); \
+	done
+	$(LAB) down
+
 .PHONY: test
 test: lint unit e2e ## Build and pass all tests
 

@@ -4,10 +4,11 @@
 //! caller's own cgroup, under the container's ID, as runc does), limited by `limits.rs`, joined by the monitor before
 //! it starts the VMM, which inherits it, and removed by `delete` with whatever process is left in it. Dropping a made
 //! cgroup removes it again until [`HostCgroup::keep`].
+//! With `--systemd-cgroup` systemd makes it: a transient scope, which the monitor is in from the beginning.
 //! Where the caller may do without rights (`rootless.rs`) and asks neither for limits nor for a place, a sandbox whose
 //! cgroup cannot be made goes without one.
 //! A populated cgroup is never taken over: what is in it belongs to somebody else.
-//! Not here: the container's own limits, which hold in the guest; cgroup v1 and systemd (refused).
+//! Not here: the container's own limits, which hold in the guest; cgroup v1 (refused).
 //! Spec: Linux, Documentation/admin-guide/cgroup-v2.rst; runc 1.1, libcontainer/cgroups/fs2.
 
 use std::{
@@ -34,8 +35,14 @@ use crate::{
 
 mod limits;
 mod place;
+mod properties;
+mod scope;
+mod systemd;
+
+use scope::Scope;
 
 pub use limits::{HOST_OVERHEAD, Limit};
+pub use systemd::SystemdError;
 
 /// Where the one hierarchy of cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -55,9 +62,31 @@ pub enum CgroupError {
         "{ROOT} is not a cgroup v2 mount: boot this host with systemd.unified_cgroup_hierarchy=1"
     )]
     NotV2,
-    /// systemd was asked for.
-    #[error("--systemd-cgroup is not supported: use a cgroupsPath below {ROOT}")]
-    Systemd,
+    /// systemd does not do its part.
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
+    /// A path that means nothing to systemd.
+    #[error(
+        "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got {path:?} instead"
+    )]
+    NoUnit {
+        /// As given.
+        path: PathBuf,
+    },
+    /// A slice that cannot be.
+    #[error("invalid slice name: {0}")]
+    Slice(String),
+    /// A unit that cannot hold a sandbox.
+    #[error("linux.cgroupsPath: {0:?} is not the name of a scope")]
+    Unit(String),
+    /// An annotation that is no property.
+    #[error("annotation org.systemd.property.{name}: {value:?} is not the value of a property")]
+    Annotation {
+        /// The rest of its name.
+        name: String,
+        /// As given.
+        value: String,
+    },
     /// A path that would leave the hierarchy, or means systemd.
     #[error("linux.cgroupsPath {path:?} is not a path below {ROOT}")]
     Path {
@@ -130,8 +159,12 @@ pub struct Terms {
 #[derive(Debug)]
 pub struct HostCgroup {
     path: PathBuf,
+    /// systemd's name for it, if it is systemd's.
+    unit: Option<String>,
     /// Directories that making it made, outermost first; removed on drop.
     made: Vec<PathBuf>,
+    /// Where this process came from into a scope; on drop it goes back, and the scope ends.
+    way_back: Option<PathBuf>,
 }
 
 impl HostCgroup {
@@ -143,9 +176,6 @@ impl HostCgroup {
         size: VmSize,
         terms: Terms,
     ) -> Result<Option<Self>, CgroupError> {
-        if terms.systemd {
-            return Err(CgroupError::Systemd);
-        }
         if !is_v2() {
             return Err(CgroupError::NotV2);
         }
@@ -154,8 +184,11 @@ impl HostCgroup {
             .as_ref()
             .and_then(|linux| linux.cgroups_path().as_deref())
             .filter(|path| !path.as_os_str().is_empty());
-        let relative = place::of(asked, id)?;
         let limits = limits::of(spec, size);
+        if terms.systemd {
+            return Self::make_scope(spec, &Scope::of(asked, id)?, &limits).map(Some);
+        }
+        let relative = place::of(asked, id)?;
         let made = Self::make_below(Path::new(ROOT), &relative, &controllers(&limits));
         let cgroup = match made {
             Err(error) if asked.is_none() && error.is_permission() && terms.rootless.applies() => {
@@ -167,12 +200,39 @@ impl HostCgroup {
         Ok(Some(cgroup))
     }
 
-    /// Names the cgroup of an existing container, as its state file has it.
-    pub const fn at(path: PathBuf) -> Self {
+    /// Has systemd make a scope, with this process in it.
+    fn make_scope(spec: &Spec, scope: &Scope, limits: &[Limit]) -> Result<Self, CgroupError> {
+        let pid = std::process::id();
+        let mut properties = properties::of_scope(scope, pid, limits);
+        let annotations = spec.annotations().iter().flatten();
+        let named = annotations.map(|(key, value)| (key.as_str(), value.as_str()));
+        properties.extend(properties::of_annotations(named)?);
+        let way_back = Path::new(ROOT).join(place::own()?);
+        systemd::start(&scope.unit, &properties)?;
+        let cgroup = Self {
+            path: Path::new(ROOT).join(&scope.path),
+            unit: Some(scope.unit.clone()),
+            made: Vec::new(),
+            way_back: Some(way_back),
+        };
+        cgroup.limit(limits)?;
+        Ok(cgroup)
+    }
+
+    /// Names the cgroup of an existing container, as its state file has it: the directory, and systemd's unit if it is
+    /// one.
+    pub const fn at(path: PathBuf, unit: Option<String>) -> Self {
         Self {
             path,
+            unit,
             made: Vec::new(),
+            way_back: None,
         }
+    }
+
+    /// systemd's name for it, if it is systemd's.
+    pub fn unit(&self) -> Option<&str> {
+        self.unit.as_deref()
     }
 
     /// Its directory.
@@ -182,12 +242,9 @@ impl HostCgroup {
 
     /// Changes limits, all or none; answers what was there before.
     pub fn change(&self, limits: &[Limit]) -> Result<Vec<Limit>, CgroupError> {
-        let needed = controllers(limits);
-        let inner = self.path.strip_prefix(ROOT).unwrap_or(Path::new(""));
-        let mut above = PathBuf::from(ROOT);
-        for part in inner.components() {
-            hand_down(&above, &needed);
-            above.push(part);
+        match &self.unit {
+            Some(unit) => systemd::change(unit, &properties::of_limits(limits))?,
+            None => self.hand_down_to(&controllers(limits)),
         }
         let mut before: Vec<Limit> = Vec::new();
         for limit in limits {
@@ -206,8 +263,21 @@ impl HostCgroup {
 
     /// Undoes a change, as far as that is possible: the error that led here is the one to report.
     pub fn change_back(&self, before: &[Limit]) {
+        if let Some(unit) = &self.unit {
+            let _ = systemd::change(unit, &properties::of_limits(before));
+        }
         for old in before.iter().rev() {
             let _ = self.limit(std::slice::from_ref(old));
+        }
+    }
+
+    /// Has all cgroups above it hand controllers down, as far as they have them.
+    fn hand_down_to(&self, controllers: &[&str]) {
+        let inner = self.path.strip_prefix(ROOT).unwrap_or(Path::new(""));
+        let mut above = PathBuf::from(ROOT);
+        for part in inner.components() {
+            hand_down(&above, controllers);
+            above.push(part);
         }
     }
 
@@ -232,28 +302,28 @@ impl HostCgroup {
     #[must_use]
     pub fn keep(mut self) -> PathBuf {
         self.made.clear();
+        self.way_back = None;
         std::mem::take(&mut self.path)
     }
 
     /// Kills what is left in it and removes it. Already gone: fine. Waits until the killed processes have left.
     pub fn remove(self) -> Result<(), CgroupError> {
-        if !self.path.exists() {
-            return Ok(());
+        if self.path.exists() {
+            match self.write("cgroup.kill", "1") {
+                Ok(()) => {}
+                Err(error) if is_gone(&error) => {}
+                Err(source) => return Err(self.failed("kill the processes of", source)),
+            }
+            self.wait_until_empty()?;
         }
-        match self.write("cgroup.kill", "1") {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(self.failed("kill the processes of", source)),
+        if let Some(unit) = &self.unit {
+            systemd::stop(unit)?;
         }
-        self.wait_until_empty()?;
         remove_tree(&self.path).map_err(|source| self.failed("remove", source))
     }
 
     fn make_below(root: &Path, relative: &Path, controllers: &[&str]) -> Result<Self, CgroupError> {
-        let mut cgroup = Self {
-            path: root.to_owned(),
-            made: Vec::new(),
-        };
+        let mut cgroup = Self::at(root.to_owned(), None);
         for part in relative.components() {
             // Handing down is best effort: a controller that a limit needs and that is not there fails with the limit.
             hand_down(&cgroup.path, controllers);
@@ -296,7 +366,7 @@ impl HostCgroup {
         let path = self.path.join("cgroup.events");
         let events = match fs::File::open(&path) {
             Ok(events) => events,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if is_gone(&error) => return Ok(()),
             Err(source) => return Err(self.failed("watch", source)),
         };
         let timeout = Timespec {
@@ -304,10 +374,12 @@ impl HostCgroup {
             tv_nsec: 0,
         };
         loop {
-            let text = io::read_to_string(rewound(&events).map_err(|e| self.failed("watch", e))?)
-                .map_err(|source| self.failed("watch", source))?;
-            if !populated(&text) {
-                return Ok(());
+            match rewound(&events).and_then(io::read_to_string) {
+                Ok(text) if !populated(&text) => return Ok(()),
+                // systemd removes a scope as soon as it is empty.
+                Err(error) if is_gone(&error) => return Ok(()),
+                Err(source) => return Err(self.failed("watch", source)),
+                Ok(_) => {}
             }
             let mut watched = [PollFd::new(&events, PollFlags::PRI)];
             let changes = retry_on_intr(|| poll(&mut watched, Some(&timeout)))
@@ -335,6 +407,12 @@ impl HostCgroup {
 
 impl Drop for HostCgroup {
     fn drop(&mut self) {
+        // systemd ends a scope by killing what is in it.
+        if let (Some(way_back), Some(unit)) = (&self.way_back, &self.unit)
+            && write_existing(&way_back.join("cgroup.procs"), "0").is_ok()
+        {
+            let _ = systemd::stop(unit);
+        }
         // The error that led here is the one to report; a parent that others use meanwhile stays.
         for path in self.made.iter().rev() {
             drop(fs::remove_dir(path));
@@ -348,6 +426,12 @@ fn go_without(spec: &Spec, error: CgroupError) -> Result<(), CgroupError> {
         return Err(CgroupError::Unpermitted(Box::new(error)));
     }
     Ok(())
+}
+
+/// What the files of a cgroup say when it is removed.
+fn is_gone(error: &io::Error) -> bool {
+    let codes = [Errno::NOENT, Errno::NODEV].map(|errno| Some(errno.raw_os_error()));
+    codes.contains(&error.raw_os_error())
 }
 
 fn rewound(mut file: &fs::File) -> io::Result<&fs::File> {

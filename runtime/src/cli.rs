@@ -105,7 +105,7 @@ pub struct Launch {
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
     /// path to an AF_UNIX socket which will receive a file descriptor referencing the process that stands for the
-    /// container's on this host
+    /// container on this host
     #[arg(long, value_name = "SOCKET")]
     pub pidfd_socket: Option<PathBuf>,
     /// specify the file to write the process id to
@@ -342,7 +342,7 @@ pub struct Exec {
     #[arg(long, short)]
     pub detach: bool,
     /// path to an AF_UNIX socket which will receive a file descriptor referencing the process that stands for the
-    /// container's on this host
+    /// container on this host
     #[arg(long, value_name = "SOCKET")]
     pub pidfd_socket: Option<PathBuf>,
     /// specify the file to write the process id to

@@ -130,6 +130,9 @@ pub struct State {
     /// The host cgroup that holds monitor and VMM, absolute; `None`: none was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<PathBuf>,
+    /// systemd's unit for it, if systemd made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub systemd_unit: Option<String>,
 }
 
 /// Why a state directory cannot be used, or a container's state forbids what was asked.
@@ -384,6 +387,7 @@ impl StateDir {
             created: timestamp(made.unwrap_or(SystemTime::UNIX_EPOCH)),
             annotations: None,
             cgroup: None,
+            systemd_unit: None,
         })
     }
 }
@@ -491,6 +495,7 @@ mod tests {
             created: "2026-11-21T12:30:37.5Z".into(),
             annotations: None,
             cgroup: None,
+            systemd_unit: None,
         }
     }
 

@@ -213,6 +213,20 @@ fn who_may_not_make_cgroups_goes_without_if_nothing_asks_for_one() {
 }
 
 #[test]
+fn systemds_cgroups_need_systemd() {
+    if Path::new("/run/systemd/system").exists() {
+        return println!("skipped: this host has it");
+    }
+    let case = Case::begin();
+    case.call(["--systemd-cgroup", "run", "-b"])
+        .args([case.bundle().dir()])
+        .args(["one"])
+        .finish()
+        .is_refusal("systemd not running on this host");
+    case.nothing_is_left();
+}
+
+#[test]
 fn spec_writes_what_runcs_does_but_for_the_hostname() {
     let Some(case) = Case::begin_with_vm("it is the yardstick") else {
         return;

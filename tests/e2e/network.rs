@@ -178,7 +178,7 @@ fn echoes(address: &str, bytes: usize) {
     stream
         .set_read_timeout(Some(Duration::from_secs(60)))
         .expect("timeout");
-    let sent: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
+    let sent: Vec<u8> = (0..251).cycle().take(bytes).collect();
     let mut writer = stream.try_clone().expect("clone");
     let copy = sent.clone();
     let writing = std::thread::spawn(move || {

@@ -19,6 +19,8 @@ pub(crate) enum Flavour {
     Base,
     /// And container engines: podman, Docker, buildah.
     Engines,
+    /// And systemd as the first process, with a system bus.
+    Systemd,
 }
 
 impl Flavour {
@@ -27,6 +29,7 @@ impl Flavour {
         match self {
             Self::Base => "base",
             Self::Engines => "engines",
+            Self::Systemd => "systemd",
         }
     }
 
@@ -35,6 +38,7 @@ impl Flavour {
         let more: &[&str] = match self {
             Self::Base => &[],
             Self::Engines => ENGINES,
+            Self::Systemd => SYSTEMD,
         };
         PACKAGES.iter().chain(more)
     }
@@ -42,9 +46,27 @@ impl Flavour {
     /// Links that maintainer scripts would have made, in `/usr`: name, target.
     const fn links(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Base => &[],
+            Self::Base | Self::Systemd => &[],
             Self::Engines => ENGINE_LINKS,
         }
+    }
+
+    /// Parts of packages that no test reads.
+    fn excluded(self) -> impl Iterator<Item = &'static &'static str> {
+        let more: &[&str] = match self {
+            Self::Base | Self::Engines => SYSTEMD_PARTS,
+            Self::Systemd => &[],
+        };
+        EXCLUDED.iter().chain(more)
+    }
+
+    /// Files that maintainer scripts would have made, or that are the lab's own: path, mode, content.
+    fn files(self) -> impl Iterator<Item = &'static (&'static str, u32, &'static str)> {
+        let more: &[(&str, u32, &str)] = match self {
+            Self::Base | Self::Engines => &[],
+            Self::Systemd => SYSTEMD_FILES,
+        };
+        FILES.iter().chain(more)
     }
 }
 
@@ -97,6 +119,56 @@ const ENGINES: &[&str] = &[
     "tini",
 ];
 
+/// The init system of most hosts.
+const SYSTEMD: &[&str] = &["dbus", "systemd"];
+
+/// Where it is; other images do without.
+const SYSTEMD_PARTS: &[&str] = &["./usr/lib/systemd", "./lib/systemd"];
+
+/// What it starts: the bus and the lab's server, and nothing else.
+const SYSTEMD_FILES: &[(&str, u32, &str)] = &[
+    (
+        "etc/passwd",
+        0o644,
+        "root:x:0:0:root:/root:/bin/bash\nmessagebus:x:100:100::/nonexistent:/usr/sbin/nologin\n\
+         nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
+    ),
+    (
+        "etc/group",
+        0o644,
+        "root:x:0:\ntty:x:5:\nmessagebus:x:100:\nkvm:x:104:\nnogroup:x:65534:\n",
+    ),
+    (
+        "etc/machine-id",
+        0o444,
+        "0123456789abcdef0123456789abcdef\n",
+    ),
+    (
+        "etc/systemd/system/default.target",
+        0o644,
+        "[Unit]\nRequires=labd.service\n",
+    ),
+    (
+        "etc/systemd/system/dbus.socket",
+        0o644,
+        "[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=/run/dbus/system_bus_socket\n",
+    ),
+    (
+        "etc/systemd/system/dbus.service",
+        0o644,
+        "[Unit]\nDefaultDependencies=no\nRequires=dbus.socket\nAfter=dbus.socket\n\
+         [Service]\nType=notify\n\
+         ExecStart=/usr/bin/dbus-daemon --system --address=systemd: --nofork --nopidfile --syslog-only\n",
+    ),
+    (
+        "etc/systemd/system/labd.service",
+        0o644,
+        "[Unit]\nDefaultDependencies=no\nRequires=dbus.service\nAfter=dbus.service\n\
+         SuccessAction=poweroff-immediate\nFailureAction=poweroff-immediate\n\
+         [Service]\nExecStart=/run/labd serve\nDelegate=yes\nTasksMax=infinity\nStandardOutput=tty\n",
+    ),
+];
+
 /// Debian's default alternatives.
 const ENGINE_LINKS: &[(&str, &str)] = &[
     ("sbin/iptables", "iptables-nft"),
@@ -128,8 +200,6 @@ const EXCLUDED: &[&str] = &[
     "./usr/lib/x86_64-linux-gnu/gstreamer*",
     "./usr/bin/qemu-system-x86_64",
     "./usr/libexec/qemu-system-i386",
-    "./usr/lib/systemd",
-    "./lib/systemd",
 ];
 
 /// Modules that are loaded at boot; all others of the kernel are there to be loaded on demand.
@@ -344,9 +414,9 @@ fn build(work: &Path, archives: &Path, packages: &str, flavour: Flavour) -> io::
         if index % 20 == 0 {
             eprintln!("lab: unpacking package {} of {}", index + 1, names.len());
         }
-        unpack(&archives.join(name), &root)?;
+        unpack(&archives.join(name), &root, flavour)?;
     }
-    unpack(&archives.join(kernel), &root)?;
+    unpack(&archives.join(kernel), &root, flavour)?;
     configure(&root, flavour)?;
     install_kernel(&root, &out.join("vmlinuz"))?;
     eprintln!("lab: writing the disk image");
@@ -359,7 +429,7 @@ fn build(work: &Path, archives: &Path, packages: &str, flavour: Flavour) -> io::
     make_ext4(&out.join("scratch.ext4"), &format!("{SCRATCH_GIB}G"), &[])
 }
 
-fn unpack(package: &Path, root: &Path) -> io::Result<()> {
+fn unpack(package: &Path, root: &Path, flavour: Flavour) -> io::Result<()> {
     let mut data = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(package)
@@ -370,8 +440,8 @@ fn unpack(package: &Path, root: &Path) -> io::Result<()> {
         .arg("-C")
         .arg(root);
     tar.args(
-        EXCLUDED
-            .iter()
+        flavour
+            .excluded()
             .map(|pattern| format!("--exclude={pattern}")),
     );
     run(tar.stdin(data.stdout.take().map_or_else(Stdio::null, Stdio::from)))?;
@@ -393,7 +463,10 @@ fn configure(root: &Path, flavour: Flavour) -> io::Result<()> {
     for sticky in ["tmp", "var/tmp"] {
         fs::set_permissions(root.join(sticky), fs::Permissions::from_mode(0o1777))?;
     }
-    for (path, mode, content) in FILES {
+    for (path, mode, content) in flavour.files() {
+        if let Some(dir) = root.join(path).parent() {
+            fs::create_dir_all(dir)?;
+        }
         fs::write(root.join(path), content)?;
         fs::set_permissions(root.join(path), fs::Permissions::from_mode(*mode))?;
     }
@@ -402,6 +475,12 @@ fn configure(root: &Path, flavour: Flavour) -> io::Result<()> {
     let _ = symlink("gawk", root.join("usr/bin/awk"));
     for (name, target) in flavour.links() {
         symlink(target, root.join("usr").join(name))?;
+    }
+    if flavour == Flavour::Systemd {
+        // The address of the system's bus is there.
+        let run = root.join("var/run");
+        fs::remove_dir_all(&run)?;
+        symlink("/run", run)?;
     }
     let busybox = root.join("usr/bin/busybox");
     for applet in output(Command::new(&busybox).arg("--list"))?.lines() {

@@ -2,7 +2,8 @@
 //!
 //! It starts as `/init` of a one-file initramfs, moves to the root disk, mounts what containers expect, loads the
 //! modules listed in the image, mounts the host's shared directories (read-only, at their own paths) and re-executes
-//! itself as `labd serve`. PID 1 then only reaps orphans, and powers off when the server ends.
+//! itself as `labd serve`. PID 1 then only reaps orphans, and powers off when the server ends; in an image with systemd
+//! that is systemd's part.
 //!
 //! The server has one thread per virtio-serial port named `lab.<n>`; a port runs one command at a time
 //! (`frame.rs`). A command is a process group of its own; it is over when its first process ended and what that
@@ -65,6 +66,11 @@ const DEV_LINKS: &[(&str, &str)] = &[
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
+/// Where it is, systemd is PID 1 from then on, and starts the server as its service.
+const SYSTEMD: &str = "/usr/lib/systemd/systemd";
+/// The server's program then.
+const SERVER: &str = "/run/labd";
+
 /// The words of the kernel's command line that are ours: `lab.<name>=<value>`.
 type Options = HashMap<String, String>;
 
@@ -105,6 +111,10 @@ fn init() -> io::Result<()> {
     fs::write("/proc/sys/kernel/printk", "4 4 1 4")?;
     run("/usr/sbin/ip", &["link", "set", "lo", "up"])?;
     mount_shares(&options()?)?;
+    if Path::new(SYSTEMD).exists() {
+        fs::copy("/proc/self/exe", SERVER)?;
+        return Err(Command::new(SYSTEMD).exec());
+    }
     let server = Command::new("/proc/self/exe").arg("serve").spawn()?;
     reap_until(&server)
 }

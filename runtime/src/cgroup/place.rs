@@ -45,23 +45,24 @@ fn below(path: &Path) -> Result<PathBuf, CgroupError> {
 /// The parent of the caller's own cgroup, relative to the root: processes may not live in an inner cgroup that hands
 /// controllers down, so a new one goes beside the caller's, not below it.
 fn beside_own() -> Result<PathBuf, CgroupError> {
+    own().map(|own| own.parent().map(Path::to_owned).unwrap_or_default())
+}
+
+/// The caller's own cgroup, relative to the root.
+pub(super) fn own() -> Result<PathBuf, CgroupError> {
     let file = Path::new("/proc/self/cgroup");
     let text = fs::read_to_string(file).map_err(|source| CgroupError::Io {
         step: "read",
         path: file.to_owned(),
         source,
     })?;
-    Ok(parent_of_own(&text))
+    Ok(own_in(&text))
 }
 
-fn parent_of_own(proc_self_cgroup: &str) -> PathBuf {
-    let own = proc_self_cgroup
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"));
-    own.map(Path::new)
-        .and_then(Path::parent)
-        .map(Path::to_owned)
-        .unwrap_or_default()
+fn own_in(proc_self_cgroup: &str) -> PathBuf {
+    let mut lines = proc_self_cgroup.lines();
+    let own = lines.find_map(|line| line.strip_prefix("0::/"));
+    own.unwrap_or_default().into()
 }
 
 #[cfg(test)]
@@ -87,14 +88,17 @@ mod tests {
     }
 
     #[test]
-    fn the_default_place_is_beside_the_callers_own() {
-        assert_eq!(
-            parent_of_own("0::/user.slice/session-1.scope\n"),
-            Path::new("user.slice")
-        );
-        assert_eq!(parent_of_own("0::/init\n"), Path::new(""));
-        assert_eq!(parent_of_own("0::/\n"), Path::new(""));
-        assert_eq!(parent_of_own("12:pids:/a/b\n0::/u/v/w\n"), Path::new("u/v"));
-        assert_eq!(parent_of_own(""), Path::new(""));
+    fn the_callers_own_is_that_of_the_one_hierarchy() {
+        for (text, own) in [
+            (
+                "0::/user.slice/session-1.scope\n",
+                "user.slice/session-1.scope",
+            ),
+            ("0::/\n", ""),
+            ("12:pids:/a/b\n0::/u/v/w\n", "u/v/w"),
+            ("", ""),
+        ] {
+            assert_eq!(own_in(text), Path::new(own));
+        }
     }
 }

@@ -71,7 +71,7 @@ pub(super) fn destroy(context: &Context, dir: StateDir) -> Result<(), CommandErr
     // Hooks that cannot be read must not keep a container from being removed.
     let lists = HostHooks::load(dir.path()).unwrap_or_default();
     if let Some(path) = &state.cgroup {
-        HostCgroup::at(path.clone()).remove()?;
+        HostCgroup::at(path.clone(), state.systemd_unit.clone()).remove()?;
     }
     let network = crate::network::clear(dir.path());
     dir.remove()?;

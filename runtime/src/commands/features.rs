@@ -53,7 +53,7 @@ fn document() -> Value {
         "linux": {
             "namespaces": words("cgroup ipc mount network pid time user uts"),
             "capabilities": capabilities,
-            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
+            "cgroup": {"v1": false, "v2": true, "systemd": true, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
                 "actions": words(
@@ -89,6 +89,6 @@ mod tests {
         assert_eq!(features.oci_version_max(), OCI_VERSION);
         let linux = features.linux().as_ref().unwrap();
         assert_eq!(linux.capabilities().as_ref().unwrap().len(), 41);
-        assert_eq!(linux.cgroup().as_ref().unwrap().systemd(), &Some(false));
+        assert_eq!(linux.cgroup().as_ref().unwrap().systemd(), &Some(true));
     }
 }

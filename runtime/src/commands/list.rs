@@ -123,6 +123,7 @@ mod tests {
             created: "2026-11-21T12:30:37.397827925Z".into(),
             annotations: None,
             cgroup: None,
+            systemd_unit: None,
         };
         (state, "root".into())
     }

@@ -68,6 +68,7 @@ mod tests {
             created: "2026-11-21T12:30:37.397827925Z".into(),
             annotations: Some(HashMap::new()),
             cgroup: None,
+            systemd_unit: None,
         };
         let runc = r#"{
   "ociVersion": "1.0.2-dev",

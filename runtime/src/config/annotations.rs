@@ -82,7 +82,7 @@ impl Config {
         let mut table = Table::try_from(&self).map_err(|error| refused(error.to_string()))?;
         let value = match table.get(key) {
             Some(Value::String(_)) => Value::String(value.to_owned()),
-            _ => literal(value).map_err(|problem| refused(problem))?,
+            _ => literal(value).map_err(refused)?,
         };
         table.insert(key.to_owned(), value);
         Self::deserialize(table).map_err(|error| refused(error.message().to_owned()))

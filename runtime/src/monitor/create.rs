@@ -142,6 +142,7 @@ pub(super) async fn create(
     let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.cgroups)?;
     if let Some(cgroup) = &cgroup {
         state.cgroup = Some(cgroup.path().to_owned());
+        state.systemd_unit = cgroup.unit().map(str::to_owned);
         dir.store(&state)?;
     }
     let hooks = HostHooks::of(&bundle.spec);
@@ -176,7 +177,9 @@ pub(super) async fn create(
         spare_networks: network.spare(),
     }
     .start()?;
-    let joining = cgroup.as_ref().map(Joining::begin).transpose()?;
+    // In a unit of systemd's it is already.
+    let to_join = cgroup.as_ref().filter(|cgroup| cgroup.unit().is_none());
+    let joining = to_join.map(Joining::begin).transpose()?;
     let streams = streams(files, &order, &guest, report).await?;
     set_console_size(&mut guest, streams.size);
     guest_spec::add_listen_fds(&mut guest, order.activated);
@@ -411,7 +414,7 @@ impl Joining {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
         let before = own.map(|path| Path::new("/sys/fs/cgroup").join(path).join("cgroup.procs"));
-        let cgroup = HostCgroup::at(cgroup.path().to_owned());
+        let cgroup = HostCgroup::at(cgroup.path().to_owned(), None);
         let thread = thread::Builder::new()
             .name("cgroup".to_owned())
             .stack_size(64 << 10);
@@ -507,6 +510,7 @@ fn first_state(order: &Order, bundle: &Bundle) -> State {
         created: timestamp(SystemTime::now()),
         annotations: bundle.spec.annotations().clone(),
         cgroup: None,
+        systemd_unit: None,
     }
 }
 

@@ -120,6 +120,7 @@ mod tests {
             created: String::new(),
             annotations: None,
             cgroup: None,
+            systemd_unit: None,
         };
         let told = |status| -> serde_json::Value {
             serde_json::from_slice(&hook_state(&state, status)).unwrap()

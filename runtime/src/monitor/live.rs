@@ -127,7 +127,8 @@ impl Record {
     /// The sandbox's cgroup on the host.
     pub(super) fn cgroup(&self) -> Option<HostCgroup> {
         let state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.cgroup.clone().map(HostCgroup::at)
+        let path = state.cgroup.clone()?;
+        Some(HostCgroup::at(path, state.systemd_unit.clone()))
     }
 
     pub(super) fn id(&self) -> String {

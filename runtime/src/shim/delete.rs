@@ -56,7 +56,7 @@ pub(super) fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
             end_server(&bundle, ticket.pid),
         )?;
         if let Some(cgroup) = ticket.cgroup {
-            HostCgroup::at(cgroup).remove()?;
+            HostCgroup::at(cgroup, None).remove()?;
         }
         at("wait for the VMM of", &bundle, wait_for_vmm(&bundle))?;
         run_hooks(args, &bundle)?;
@@ -113,6 +113,7 @@ fn run_hooks(args: &Args, bundle: &Path) -> Result<(), DeleteError> {
             created: String::new(),
             annotations: None,
             cgroup: None,
+            systemd_unit: None,
         },
     };
     hooks.after_deletion();

@@ -70,7 +70,8 @@ impl Pod {
     }
 
     fn host_cgroup(&self) -> Option<HostCgroup> {
-        self.cgroup.clone().map(HostCgroup::at)
+        let path = self.cgroup.clone()?;
+        Some(HostCgroup::at(path, None))
     }
 }
 
@@ -232,6 +233,9 @@ impl Wanted {
         if !request.checkpoint.is_empty() {
             return Err(TaskError::Unsupported("to restore a checkpoint"));
         }
+        if systemd_cgroup(request) {
+            return Err(TaskError::Unsupported("SystemdCgroup"));
+        }
         let id = ContainerId::parse(&request.id)?;
         let path = bundle_path(request);
         let role = pod::role_of(&path)?;
@@ -260,7 +264,7 @@ impl Wanted {
             config,
             bundle,
             cgroups: Terms {
-                systemd: systemd_cgroup(request),
+                systemd: false,
                 rootless: Rootless::Auto,
             },
         })
@@ -366,6 +370,7 @@ fn first_state(id: &ContainerId, bundle: &Bundle) -> State {
         created: timestamp(SystemTime::now()),
         annotations: bundle.spec.annotations().clone(),
         cgroup: None,
+        systemd_unit: None,
     }
 }
 

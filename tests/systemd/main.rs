@@ -1,0 +1,270 @@
+//! `--systemd-cgroup` with a real systemd: sandboxes as transient scopes.
+//!
+//! The same tests run on `runc` (`RUNTIME=runc`), where they prove themselves. They need the lab
+//! (`lab up --image systemd`).
+
+#![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use caisson_tests::{Bundle, Call, Case, case::runtime};
+use rustix::process::{Signal, kill_process};
+use serde_json::json;
+
+/// Where units are without a word about it.
+const SLICE: &str = "/sys/fs/cgroup/system.slice";
+
+/// A case on a host that has had a transient unit before: systemd keeps the directory for them.
+fn begin() -> Case {
+    fs::create_dir_all("/run/systemd/transient").expect("directory");
+    Case::begin()
+}
+
+/// A time as systemd prints it, in milliseconds.
+fn milliseconds(text: &str) -> u64 {
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1.0),
+        None => (text.trim_end_matches('s'), 1_000.0),
+    };
+    let number: f64 = number
+        .parse()
+        .unwrap_or_else(|_| panic!("no time: {text:?}"));
+    format!("{:.0}", number * unit)
+        .parse()
+        .expect("a whole number")
+}
+
+/// A property of a unit, as systemd prints it.
+fn show(case: &Case, unit: &str, property: &str) -> String {
+    let outcome = case
+        .program("systemctl")
+        .args(["show", "--value", "--property", property, unit])
+        .succeed();
+    outcome.text().trim().to_owned()
+}
+
+#[track_caller]
+fn is_gone(case: &Case, unit: &str) {
+    assert_eq!(show(case, unit, "LoadState"), "not-found");
+    assert_eq!(show(case, unit, "ActiveState"), "inactive");
+}
+
+/// A bundle that sleeps, with a unit named after the test.
+fn sleeper(case: &Case, path: &str) -> Bundle {
+    let bundle = case.bundle().args(["sleep", "1000"]);
+    bundle.edit(|spec| spec["linux"]["cgroupsPath"] = json!(path))
+}
+
+fn create_call(case: &Case, bundle: &Bundle) -> Call {
+    case.call(["--systemd-cgroup", "create", "-b"])
+        .args([bundle.dir()])
+        .args(["--pid-file".as_ref(), case.pid_file("one").as_os_str()])
+        .args(["one"])
+}
+
+fn start(case: &Case, bundle: &Bundle) {
+    create_call(case, bundle).succeed();
+    case.call(["start", "one"]).succeed();
+}
+
+fn run(case: &Case, bundle: &Bundle) -> caisson_tests::Outcome {
+    case.call(["--systemd-cgroup", "run", "-b"])
+        .args([bundle.dir()])
+        .args(["one"])
+        .finish()
+}
+
+#[track_caller]
+fn holds(cgroup: &Path, case: &Case) {
+    let procs = fs::read_to_string(cgroup.join("cgroup.procs")).expect("the unit's cgroup");
+    let pid = case.pid("one").as_raw_nonzero().to_string();
+    assert!(
+        procs.lines().any(|line| line == pid),
+        "{pid} is not in {procs:?}"
+    );
+}
+
+fn number(text: &str) -> u64 {
+    let text = text.trim();
+    text.parse()
+        .unwrap_or_else(|_| panic!("no number: {text:?}"))
+}
+
+/// The quota in `cpu.max`.
+fn quota(cgroup: &Path) -> u64 {
+    let text = fs::read_to_string(cgroup.join("cpu.max")).expect("cpu.max");
+    number(text.split(' ').next().unwrap_or_default())
+}
+
+#[test]
+fn a_sandbox_is_a_scope_of_its_slice_within_its_limits() {
+    let case = begin();
+    let limit = 128 << 20;
+    let bundle = sleeper(&case, "caissontest-e2e.slice:e2e:one").edit(|spec| {
+        spec["linux"]["resources"]["memory"] = json!({"limit": limit});
+        spec["linux"]["resources"]["cpu"] =
+            json!({"quota": 150_000, "period": 100_000, "shares": 512, "cpus": "0"});
+        spec["annotations"] = json!({"org.systemd.property.TimeoutStopSec": "uint64 7"});
+    });
+    start(&case, &bundle);
+    let unit = "e2e-one.scope";
+    let path = "/caissontest.slice/caissontest-e2e.slice/e2e-one.scope";
+    let cgroup = PathBuf::from(format!("/sys/fs/cgroup{path}"));
+    for (property, wanted) in [
+        ("ControlGroup", path),
+        ("Slice", "caissontest-e2e.slice"),
+        ("Delegate", "yes"),
+        ("Transient", "yes"),
+        ("ActiveState", "active"),
+        ("AllowedCPUs", "0"),
+        ("TimeoutStopUSec", "7s"),
+        ("MemoryAccounting", "yes"),
+    ] {
+        assert_eq!(show(&case, unit, property), wanted, "{property}");
+    }
+    holds(&cgroup, &case);
+    let memory = number(&show(&case, unit, "MemoryMax"));
+    assert!((limit..=limit + (256 << 20)).contains(&memory), "{memory}");
+    let file = fs::read_to_string(cgroup.join("memory.max")).expect("memory.max");
+    assert_eq!(number(&file), memory);
+    let each_second = milliseconds(&show(&case, unit, "CPUQuotaPerSecUSec"));
+    assert!((1_500..=1_600).contains(&each_second), "{each_second} ms");
+    assert!((150_000..=160_000).contains(&quota(&cgroup)));
+    assert!(number(&show(&case, unit, "CPUWeight")) < 100);
+    case.delete("one");
+    is_gone(&case, unit);
+    case.program("systemctl")
+        .args(["stop", "caissontest.slice"])
+        .succeed();
+}
+
+#[test]
+fn without_a_path_the_scope_has_the_runtimes_name_and_the_containers() {
+    let case = begin();
+    let bundle = case.bundle().args(["sleep", "1000"]);
+    start(&case, &bundle);
+    let unit = format!("{}-one.scope", runtime());
+    assert_eq!(show(&case, &unit, "ActiveState"), "active");
+    holds(&Path::new(SLICE).join(&unit), &case);
+    case.delete("one");
+    is_gone(&case, &unit);
+    case.nothing_is_left();
+}
+
+#[test]
+fn a_scope_is_gone_with_its_container_and_its_name_free_again() {
+    let case = begin();
+    for status in [0, 7] {
+        let name = format!("bundle-{status}");
+        let bundle = case
+            .bundle_in(&name)
+            .script(&format!("exit {status}"))
+            .edit(|spec| spec["linux"]["cgroupsPath"] = json!(":e2e:again"));
+        assert_eq!(run(&case, &bundle).status, status);
+        is_gone(&case, "e2e-again.scope");
+    }
+    case.nothing_is_left();
+}
+
+#[test]
+fn a_container_that_does_not_start_leaves_no_scope() {
+    let case = begin();
+    let bundle = sleeper(&case, ":e2e:failing").args(["/no/such/program"]);
+    run(&case, &bundle).is_refusal("no such file");
+    is_gone(&case, "e2e-failing.scope");
+    let mut other = case.bundle_in("other").args(["true"]);
+    other = other.edit(|spec| {
+        spec["linux"]["cgroupsPath"] = json!(":e2e:failing");
+        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/false"}]});
+    });
+    assert_ne!(run(&case, &other).status, 0);
+    is_gone(&case, "e2e-failing.scope");
+    case.nothing_is_left();
+}
+
+#[test]
+fn changed_limits_are_systemds_too() {
+    let case = begin();
+    let bundle = sleeper(&case, ":e2e:changing").edit(|spec| {
+        spec["linux"]["resources"]["cpu"] = json!({"quota": 90_000, "period": 100_000});
+    });
+    start(&case, &bundle);
+    let unit = "e2e-changing.scope";
+    let cgroup = Path::new(SLICE).join(unit);
+    case.call([
+        "update",
+        "--cpu-quota",
+        "50000",
+        "--cpu-share",
+        "256",
+        "one",
+    ])
+    .succeed();
+    let each_second = milliseconds(&show(&case, unit, "CPUQuotaPerSecUSec"));
+    assert!((500..=600).contains(&each_second), "{each_second} ms");
+    // What systemd did not know of it would undo.
+    case.program("systemctl").args(["daemon-reload"]).succeed();
+    assert!((50_000..=60_000).contains(&quota(&cgroup)));
+    assert!(number(&show(&case, unit, "CPUWeight")) < 20);
+    case.delete("one");
+    is_gone(&case, unit);
+}
+
+#[test]
+fn a_killed_sandbox_leaves_no_scope() {
+    let case = begin();
+    let unit = "e2e-killed.scope";
+    let bundle = sleeper(&case, ":e2e:killed");
+    for started in [false, true] {
+        create_call(&case, &bundle).succeed();
+        if started {
+            case.call(["start", "one"]).succeed();
+        }
+        kill_process(case.pid("one"), Signal::KILL).expect("kill");
+        case.wait("one");
+        assert_eq!(case.status("one"), "stopped");
+        case.delete("one");
+        is_gone(&case, unit);
+        case.nothing_is_left();
+    }
+}
+
+#[test]
+fn a_scope_that_is_there_already_is_left_alone() {
+    let Some(case) = Case::begin_with_vm("runc 1.1 joins it") else {
+        return;
+    };
+    let other = case
+        .program("systemd-run")
+        .args(["--scope", "--unit", "e2e-taken.scope", "sleep", "1000"])
+        .start();
+    while show(&case, "e2e-taken.scope", "ActiveState") != "active" {
+        assert!(!other.ends_within(std::time::Duration::from_millis(200)));
+    }
+    let bundle = sleeper(&case, ":e2e:taken");
+    create_call(&case, &bundle)
+        .finish()
+        .is_refusal("e2e-taken.scope");
+    assert_eq!(show(&case, "e2e-taken.scope", "ActiveState"), "active");
+    case.program("systemctl")
+        .args(["kill", "--signal=KILL", "e2e-taken.scope"])
+        .succeed();
+    other.finish();
+}
+
+#[test]
+fn paths_that_mean_nothing_to_systemd_are_refused() {
+    let case = begin();
+    let mut bundle = case.bundle();
+    for (path, words) in [
+        ("/a/b", "expected cgroupsPath to be of format"),
+        ("a:b", "expected cgroupsPath to be of format"),
+        ("nonsense:e2e:one", "invalid slice name"),
+        ("a--b.slice:e2e:one", "invalid slice name"),
+    ] {
+        bundle = bundle.edit(|spec| spec["linux"]["cgroupsPath"] = json!(path));
+        create_call(&case, &bundle).finish().is_refusal(words);
+    }
+    case.nothing_is_left();
+}
