@@ -19,7 +19,7 @@ pub(crate) enum Flavour {
     Base,
     /// And container engines: podman, Docker, buildah.
     Engines,
-    /// And systemd as the first process, with a system bus.
+    /// And systemd as the first process, with a system bus; podman.
     Systemd,
 }
 
@@ -119,8 +119,8 @@ const ENGINES: &[&str] = &[
     "tini",
 ];
 
-/// The init system of most hosts.
-const SYSTEMD: &[&str] = &["dbus", "systemd"];
+/// The init system of most hosts, and an engine that leaves cgroups to it.
+const SYSTEMD: &[&str] = &["conmon", "dbus", "podman", "systemd"];
 
 /// Where it is; other images do without.
 const SYSTEMD_PARTS: &[&str] = &["./usr/lib/systemd", "./lib/systemd"];

@@ -6,9 +6,14 @@
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use caisson_tests::{Bundle, Call, Case, case::runtime};
+use caisson_tests::{
+    Bundle, Call, Case,
+    case::{configuration, runtime},
+};
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
@@ -251,6 +256,74 @@ fn a_scope_that_is_there_already_is_left_alone() {
         .args(["kill", "--signal=KILL", "e2e-taken.scope"])
         .succeed();
     other.finish();
+}
+
+/// podman with the runtime under test and a store of its own; where systemd is PID 1 it leaves cgroups to it.
+fn podman() -> Command {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let program = std::env::split_paths(&path)
+        .map(|dir| dir.join(runtime()))
+        .find(|file| file.exists());
+    let mut podman = Command::new("podman");
+    podman
+        .args(["--root=/scratch/podman", "--storage-driver=vfs"])
+        .args(["--events-backend=file", "--runtime"])
+        .arg(program.expect("the runtime"));
+    podman
+}
+
+/// A root file system with busybox.
+fn podmans_system() -> &'static str {
+    const PATH: &str = "/scratch/podman-system";
+    let bin = Path::new(PATH).join("bin");
+    fs::create_dir_all(&bin).expect("rootfs");
+    fs::copy("/bin/busybox", bin.join("busybox")).expect("busybox-static");
+    for applet in ["sh", "echo", "sleep"] {
+        let _ = symlink("busybox", bin.join(applet));
+    }
+    PATH
+}
+
+#[track_caller]
+fn said(mut command: Command) -> String {
+    let output = command.output().expect("podman");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {words}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.trim().to_owned()
+}
+
+#[test]
+fn podmans_containers_are_scopes_without_a_word_about_cgroups() {
+    fs::create_dir_all("/etc/caisson").expect("directory");
+    fs::write("/etc/caisson/config.toml", configuration()).expect("config.toml");
+    let with = |arguments: &[&str]| {
+        let mut podman = podman();
+        podman.args(arguments);
+        podman
+    };
+    let manager = said(with(&["info", "--format", "{{.Host.CgroupManager}}"]));
+    assert_eq!(manager, "systemd");
+    let options = ["--network=none", "--rootfs", podmans_system()];
+    let run = |more: &[&str], command: &[&str]| {
+        with(&[&["run"], more, options.as_slice(), command].concat())
+    };
+    // The first container leaves podman's own directories and systemd's slice for machines.
+    let status = run(&["--rm"], &["sh", "-c", "exit 7"]).status();
+    assert_eq!(status.expect("podman").code(), Some(7));
+    let case = begin();
+    let limited = ["-d", "--name=one", "--memory=64m", "--pids-limit=100"];
+    let id = said(run(&limited, &["sleep", "1000"]));
+    let unit = format!("libpod-{id}.scope");
+    assert_eq!(show(&case, &unit, "Slice"), "machine.slice");
+    let memory = number(&show(&case, &unit, "MemoryMax"));
+    assert!((64 << 20..=320 << 20).contains(&memory), "{memory}");
+    let pid = said(with(&["inspect", "--format", "{{.State.Pid}}", "one"]));
+    let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("its cgroup");
+    assert!(group.contains(&unit), "{group}");
+    assert_eq!(said(with(&["exec", "one", "echo", "in"])), "in");
+    said(with(&["rm", "--force", "--time=0", "one"]));
+    is_gone(&case, &unit);
 }
 
 #[test]
