@@ -136,6 +136,33 @@ install: build documents ## Install to $(DESTDIR)$(PREFIX)
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d $(DOCUMENTS)/completions/caisson.fish
 	[ -e $(DESTDIR)/etc/caisson/config.toml ] || install -D -m 644 -t $(DESTDIR)/etc/caisson runtime/src/config.toml
 
+DEB := target/caisson.deb
+CARGO_DEB := target/tools/bin/cargo-deb
+
+$(CARGO_DEB):
+	cargo install cargo-deb --locked --version 3.8.0 --root target/tools
+
+.PHONY: deb
+deb: build documents $(CARGO_DEB) ## Make a Debian package
+	$(CARGO_DEB) -q -p caisson --no-build --no-strip --target $(TARGET) --output $(DEB)
+	@echo "$(DEB): $$(dpkg-deb -f $(DEB) Package Version | paste -sd' ')"
+
+.PHONY: package
+package: deb lab ## Install the package in the lab, run a container from it, remove it
+	$(if $(HAVE_VM),,$(LAB) up --smp 1)
+	$(IN_LAB) $(CURDIR)/tests/package/run $(CURDIR)/$(DEB) $(CURDIR)/runtime/deploy/install
+	$(if $(HAVE_VM),,$(LAB) down)
+
+SCHEMAS := target/tools/schemas
+
+$(SCHEMAS)/bin/kubernetes-validate: | deps
+	python3 -m venv $(SCHEMAS)
+	$(SCHEMAS)/bin/pip install -q kubernetes-validate==1.37.0
+
+.PHONY: manifests
+manifests: $(SCHEMAS)/bin/kubernetes-validate ## Check the Kubernetes manifests against the published schemas
+	$(SCHEMAS)/bin/kubernetes-validate --strict runtime/deploy/*.yaml
+
 .PHONY: clean
 clean: ## Remove what was built (not the caches)
 	cargo clean
