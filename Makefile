@@ -84,6 +84,9 @@ engines: build ## Run the tests with podman and Docker, in the lab, on runc and 
 	$(LAB) down
 
 # The lab's image with containerd in it is another one; the tests prove themselves on containerd's own shim.
+# 200 cycles of pods take an hour on an emulated processor.
+POD_CYCLES ?= 200
+PODS ?= 20
 .PHONY: containerd
 containerd: build ## Run the tests under containerd on runc and on caisson; ARGS chooses tests
 	cargo test --release -p caisson-containerd-tests --test containerd --no-run
@@ -91,7 +94,8 @@ containerd: build ## Run the tests under containerd on runc and on caisson; ARGS
 	$(LAB) up --smp 1 --image engines
 	program=$$(ls -t $(RELEASE)/deps/containerd-* | grep -v '\.d$$' | head -n 1); \
 	for runtime in runc caisson; do \
-	  $(LAB) exec -t 1200 -e RUNTIME=$$runtime -- $(CURDIR)/$$program --test-threads=1 $(ARGS); \
+	  $(LAB) exec -t 14400 -e RUNTIME=$$runtime -e CAISSON_TEST_POD_CYCLES=$(POD_CYCLES) -e CAISSON_TEST_PODS=$(PODS) -- \
+	    $(CURDIR)/$$program --test-threads=1 $(ARGS); \
 	done
 	$(LAB) down
 

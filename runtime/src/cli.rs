@@ -82,6 +82,8 @@ pub enum Command {
     Ps(Ps),
     /// displays container events such as OOM notifications, cpu, memory and IO usage statistics
     Events(Events),
+    /// prints what all containers use, as Prometheus reads it
+    Metrics,
     /// update container resource constraints
     Update(Box<Update>),
     /// checkpoint a running container (not supported yet)

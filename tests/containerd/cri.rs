@@ -10,18 +10,17 @@ use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-/// How long a call may take. The lab emulates its processor, and may be busy.
-const LIMIT: Duration = Duration::from_secs(150);
-
 /// A connection to containerd. Calls are of the generated clients, which are cheap to clone.
 pub(crate) struct Cri {
     threads: Runtime,
     channel: Channel,
+    /// How long a call may take.
+    limit: Duration,
 }
 
 impl Cri {
     /// Connects.
-    pub(crate) fn connect(socket: &Path) -> Self {
+    pub(crate) fn connect(socket: &Path, limit: Duration) -> Self {
         let threads = Builder::new_current_thread().enable_all().build();
         let threads = threads.expect("a tokio runtime");
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()));
@@ -29,6 +28,7 @@ impl Cri {
         Self {
             channel: channel.expect("containerd's socket"),
             threads,
+            limit,
         }
     }
 
@@ -49,7 +49,7 @@ impl Cri {
     ) -> Result<T, Status> {
         let answered = self
             .threads
-            .block_on(async { tokio::time::timeout(LIMIT, call).await });
+            .block_on(async { tokio::time::timeout(self.limit, call).await });
         answered
             .unwrap_or_else(|_| Err(Status::cancelled("the test's deadline has passed")))
             .map(Response::into_inner)

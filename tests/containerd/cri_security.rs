@@ -132,7 +132,7 @@ fn with_python(pod: &Pod<'_>, name: &str, scripts: &Path) -> ContainerConfig {
 
 /// Holds what the neighbour looks for: an abstract socket, a vsock port, System V shared memory.
 const HOLD: &str = r#"
-import ctypes, socket, sys, time
+import ctypes, os, socket, time
 held = []
 s = socket.socket(socket.AF_UNIX); s.bind('\0secret'); s.listen(); held.append(s)
 try:
@@ -141,7 +141,10 @@ except OSError as error:
     print('no vsock:', error)
 print('shm', ctypes.CDLL(None).shmget(0x5ec4e7, 4096, 0o1666))
 print('held', flush=True)
-time.sleep(1000)
+if os.fork() == 0:
+    for stream in range(3):
+        os.close(stream)
+    time.sleep(1000)
 "#;
 
 /// Says what it could reach.
@@ -186,13 +189,12 @@ fn a_pod_reaches_another_by_the_network_alone() {
         &hider,
         "mkdir /www; echo by network > /www/x; httpd -p 8080 -h /www",
     );
-    let holding =
-        "python3 /scripts/hold > /tmp/held 2>&1 & until grep held /tmp/held; do sleep 0.1; done";
-    node.said(&hider, holding);
+    let held = node.said(&hider, "/usr/bin/python3 /scripts/hold 2>&1");
+    assert!(held.ends_with("held"), "{held}");
     // The test itself: in its own pod, everything that is hidden is found.
     let found = node.said(
         &hider,
-        "find / -xdev -name secret-file; ls /dev/shm; python3 /scripts/reach",
+        "find / -xdev -name secret-file; ls /dev/shm; /usr/bin/python3 /scripts/reach",
     );
     assert!(
         found.contains("/secret-file") && found.contains("REACHED abstract socket"),
@@ -201,7 +203,7 @@ fn a_pod_reaches_another_by_the_network_alone() {
     assert!(found.contains("REACHED shared memory"), "{found}");
     let fetch = format!("wget -q -O - http://{}:8080/x", b.address());
     assert_eq!(node.said(&seeker, &fetch), "by network");
-    let reached = node.said(&seeker, "python3 /scripts/reach");
+    let reached = node.said(&seeker, "/usr/bin/python3 /scripts/reach");
     assert!(
         reached.ends_with("done") && !reached.contains("REACHED"),
         "{reached}"

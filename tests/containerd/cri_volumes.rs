@@ -111,7 +111,7 @@ fn an_empty_dir_in_memory_has_its_size_limit() {
     });
     node.said(&ids[0], "head -c 900000 /dev/zero > /memory/x");
     assert_eq!(node.said(&ids[1], "wc -c < /memory/x"), "900000");
-    let more = node.exec_sync(&ids[1], "head -c 900000 /dev/zero > /memory/y", 60);
+    let more = node.exec_sync(&ids[1], "dd if=/dev/zero of=/memory/y bs=100k count=9", 60);
     let more = more.expect("ExecSync");
     assert_ne!(more.exit_code, 0);
     let stderr = String::from_utf8_lossy(&more.stderr);

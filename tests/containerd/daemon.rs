@@ -37,6 +37,17 @@ pub(crate) struct Daemon<'c> {
 
 /// A case in which containerd's own directories are there already: they are not what a test leaves behind.
 pub(crate) fn begin() -> Case {
+    make_directories();
+    Case::begin()
+}
+
+/// The same for a case that does a lot.
+pub(crate) fn begin_within(limit: Duration) -> Case {
+    make_directories();
+    Case::begin_within(limit)
+}
+
+fn make_directories() {
     for dir in [
         "/run/containerd/s",
         "/run/containerd/fifo",
@@ -49,7 +60,6 @@ pub(crate) fn begin() -> Case {
     for group in ["default", "pods", "k8s.io"] {
         fs::create_dir_all(Path::new("/sys/fs/cgroup").join(group)).expect("cgroup");
     }
-    Case::begin()
 }
 
 impl<'c> Daemon<'c> {

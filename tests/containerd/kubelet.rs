@@ -21,7 +21,10 @@ use k8s_cri::v1::{
 use tonic::Status;
 
 use crate::cri::Cri;
-use crate::daemon::{Daemon, IMAGE, PAUSE, begin};
+use crate::daemon::{Daemon, IMAGE, PAUSE, begin, begin_within};
+
+/// How long a call may take. The lab emulates its processor, and may be busy.
+const CALL: Duration = Duration::from_secs(150);
 
 /// How long a container may take to end.
 const END: Duration = Duration::from_secs(120);
@@ -32,7 +35,7 @@ const BRIDGE: &str = "cni-test";
 /// A node. Fields are dropped in order.
 pub(crate) struct Kubelet<'c> {
     pub(crate) cri: Cri,
-    _daemon: Daemon<'c>,
+    daemon: Daemon<'c>,
     dir: PathBuf,
 }
 
@@ -45,6 +48,17 @@ pub(crate) struct Pod<'k> {
 
 /// A case in which the directories of CNI are there already.
 pub(crate) fn begin_pods() -> Case {
+    make_directories();
+    begin()
+}
+
+/// The same for a case that does a lot.
+pub(crate) fn begin_pods_within(limit: Duration) -> Case {
+    make_directories();
+    begin_within(limit)
+}
+
+fn make_directories() {
     for dir in [
         "/run/netns",
         "/var/run/netns",
@@ -53,7 +67,6 @@ pub(crate) fn begin_pods() -> Case {
     ] {
         fs::create_dir_all(dir).expect("directory");
     }
-    begin()
 }
 
 impl<'c> Kubelet<'c> {
@@ -72,12 +85,8 @@ impl<'c> Kubelet<'c> {
             handler("caisson"),
         );
         let daemon = Daemon::configured(case, "k8s.io", "", &cri);
-        let cri = Cri::connect(&daemon.socket());
-        let kubelet = Self {
-            cri,
-            _daemon: daemon,
-            dir,
-        };
+        let cri = Cri::connect(&daemon.socket(), CALL);
+        let kubelet = Self { cri, daemon, dir };
         kubelet.wait_for_image(IMAGE);
         kubelet.wait_for_image(PAUSE);
         kubelet
@@ -129,23 +138,39 @@ impl<'c> Kubelet<'c> {
 
     /// Runs a pod with the runtime under test.
     pub(crate) fn run(&self, config: PodSandboxConfig) -> Result<Pod<'_>, Status> {
-        self.run_by(&self.cri, config)
-    }
-
-    /// The same over a connection of the caller's own: several threads have one each.
-    pub(crate) fn run_by(&self, cri: &Cri, config: PodSandboxConfig) -> Result<Pod<'_>, Status> {
-        let parent = config.linux.as_ref().map(|linux| &linux.cgroup_parent);
-        fs::create_dir_all(group(parent.expect("cgroup_parent"))).expect("cgroup");
-        let request = RunPodSandboxRequest {
-            config: Some(config.clone()),
-            runtime_handler: runtime(),
-        };
-        let ran = cri.answer(cri.runtime().run_pod_sandbox(request))?;
         Ok(Pod {
             kubelet: self,
-            id: ran.pod_sandbox_id,
+            id: run(&self.cri, config.clone())?,
             config,
         })
+    }
+
+    /// `kill -9` of containerd, and a new one.
+    pub(crate) fn restart_containerd(&mut self) {
+        self.daemon.kill();
+        self.daemon.restart();
+        self.cri = Cri::connect(&self.daemon.socket(), CALL);
+        // Its CRI answers later than containerd itself: first it looks for what runs.
+        until(Duration::from_secs(60), "the CRI serves", || {
+            let request = ListPodSandboxRequest::default();
+            let pods = self.cri.runtime();
+            let pods = async move { { pods }.list_pod_sandbox(request).await };
+            self.cri.answer(pods).ok()
+        });
+    }
+
+    /// A pod that runs already.
+    pub(crate) fn again(&self, id: String, config: PodSandboxConfig) -> Pod<'_> {
+        Pod {
+            kubelet: self,
+            id,
+            config,
+        }
+    }
+
+    /// Where containerd serves.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.daemon.socket()
     }
 
     /// Runs a pod with nothing special about it.
@@ -191,7 +216,7 @@ impl<'c> Kubelet<'c> {
     /// What a script says that succeeds.
     #[track_caller]
     pub(crate) fn said(&self, container: &str, script: &str) -> String {
-        let answer = self.exec_sync(container, script, 60).expect("ExecSync");
+        let answer = self.exec_sync(container, script, 120).expect("ExecSync");
         let stderr = String::from_utf8_lossy(&answer.stderr);
         assert_eq!(answer.exit_code, 0, "{script}: {stderr}");
         String::from_utf8_lossy(&answer.stdout).trim().to_owned()
@@ -217,17 +242,6 @@ impl<'c> Kubelet<'c> {
             .answer(self.cri.runtime().remove_container(request));
         answer.expect("RemoveContainer");
     }
-
-    /// Stops and removes a pod.
-    pub(crate) fn end(&self, cri: &Cri, pod: &str) -> Result<(), Status> {
-        let pod_sandbox_id = pod.to_owned();
-        let request = StopPodSandboxRequest { pod_sandbox_id };
-        cri.answer(cri.runtime().stop_pod_sandbox(request))?;
-        let pod_sandbox_id = pod.to_owned();
-        let request = RemovePodSandboxRequest { pod_sandbox_id };
-        cri.answer(cri.runtime().remove_pod_sandbox(request))?;
-        Ok(())
-    }
 }
 
 impl Drop for Kubelet<'_> {
@@ -237,7 +251,7 @@ impl Drop for Kubelet<'_> {
             .cri
             .answer(self.cri.runtime().list_pod_sandbox(request));
         for pod in pods.map(|pods| pods.items).unwrap_or_default() {
-            if let Err(error) = self.end(&self.cri, &pod.id) {
+            if let Err(error) = end(&self.cri, &pod.id) {
                 eprintln!("pod {}: {error}", pod.id);
             }
         }
@@ -337,9 +351,32 @@ impl Pod<'_> {
 
     /// Stops and removes it.
     pub(crate) fn end(self) {
-        let ended = self.kubelet.end(&self.kubelet.cri, &self.id);
+        let ended = end(&self.kubelet.cri, &self.id);
         ended.expect("StopPodSandbox, RemovePodSandbox");
     }
+}
+
+/// Runs a pod with the runtime under test and answers with its name.
+pub(crate) fn run(cri: &Cri, config: PodSandboxConfig) -> Result<String, Status> {
+    let parent = config.linux.as_ref().map(|linux| &linux.cgroup_parent);
+    fs::create_dir_all(group(parent.expect("cgroup_parent"))).expect("cgroup");
+    let request = RunPodSandboxRequest {
+        config: Some(config),
+        runtime_handler: runtime(),
+    };
+    let ran = cri.answer(cri.runtime().run_pod_sandbox(request))?;
+    Ok(ran.pod_sandbox_id)
+}
+
+/// Stops and removes a pod.
+pub(crate) fn end(cri: &Cri, pod: &str) -> Result<(), Status> {
+    let pod_sandbox_id = pod.to_owned();
+    let request = StopPodSandboxRequest { pod_sandbox_id };
+    cri.answer(cri.runtime().stop_pod_sandbox(request))?;
+    let pod_sandbox_id = pod.to_owned();
+    let request = RemovePodSandboxRequest { pod_sandbox_id };
+    cri.answer(cri.runtime().remove_pod_sandbox(request))?;
+    Ok(())
 }
 
 /// A line of a log without its time: `stdout F text`.

@@ -6,6 +6,8 @@
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
 mod cri;
+mod cri_deaths;
+mod cri_many;
 mod cri_pods;
 mod cri_security;
 mod cri_volumes;

@@ -107,6 +107,34 @@ fn a_task_is_paused_resumed_and_killed() {
 }
 
 #[test]
+fn metrics_count_what_the_task_uses() {
+    let case = begin();
+    let containerd = Daemon::start(&case);
+    let mut one = containerd.run(
+        ["--rm"],
+        "one",
+        "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo worked; exec sleep 1000",
+    );
+    one = one.stdout(Stdio::piped());
+    let mut one = one.start();
+    assert_eq!(one.line(), "worked");
+    let metrics = containerd
+        .ctr(["task", "metrics", "--format", "json", "one"])
+        .succeed();
+    let text = metrics.text();
+    let metrics: serde_json::Value = serde_json::from_str(text).expect("JSON");
+    assert_eq!(metrics["pids"]["current"], 1, "{text}");
+    for (controller, counter) in [("cpu", "usage_usec"), ("memory", "usage")] {
+        let count = metrics[controller][counter].as_u64();
+        assert!(count.is_some_and(|count| count > 10_000), "{text}");
+    }
+    containerd
+        .ctr(["task", "kill", "--signal", "KILL", "one"])
+        .succeed();
+    assert_eq!(one.finish().status, 137);
+}
+
+#[test]
 fn events_come_in_containerds_order() {
     let case = begin();
     let containerd = Daemon::start(&case);

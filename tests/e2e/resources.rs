@@ -327,3 +327,36 @@ fn saving_a_container_is_refused_in_one_line() {
     restore.is_refusal("restore is not supported");
     case.delete("one");
 }
+
+#[test]
+fn metrics_tell_of_all_containers() {
+    let Some(case) = Case::begin_with_vm("it has no such command") else {
+        return;
+    };
+    start(&case, json!({"memory": {"limit": 64 << 20}}));
+    case.create(&case.bundle_in("other"), "two");
+    let text = case.call(["metrics"]).succeed().text().to_owned();
+    let value = |series: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(series));
+        let value = line.unwrap_or_else(|| panic!("no {series} in {text}"));
+        value.trim().parse::<f64>().expect("a number")
+    };
+    assert_eq!(
+        value("caisson_container_info{container=\"one\",status=\"running\"}"),
+        1.0
+    );
+    assert_eq!(
+        value("caisson_container_info{container=\"two\",status=\"created\"}"),
+        1.0
+    );
+    let of_one =
+        |name: &str, side: &str| value(&format!("{name}{{container=\"one\",side=\"{side}\"}}"));
+    assert_eq!(of_one("caisson_memory_limit_bytes", "guest"), 67_108_864.0);
+    assert_eq!(of_one("caisson_processes", "guest"), 1.0);
+    assert!(of_one("caisson_cpu_seconds_total", "host") > 0.1);
+    // The host's side has the guest's kernel and the VMM too.
+    let memory = |side| of_one("caisson_memory_bytes", side);
+    assert!(memory("host") > memory("guest"), "{text}");
+    case.delete("two");
+    case.delete("one");
+}

@@ -36,18 +36,18 @@ struct Event<'a> {
 
 /// runc's numbers, and beside them what the sandbox costs the host: the virtual machine and its monitor.
 #[derive(Debug, Serialize)]
-struct Data {
+pub(super) struct Data {
     #[serde(flatten)]
-    guest: Box<Stats>,
+    pub(super) guest: Box<Stats>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    host: Option<Host>,
+    pub(super) host: Option<Host>,
 }
 
 #[derive(Debug, Serialize)]
-struct Host {
-    cpu: Cpu,
-    memory: Memory,
-    pids: Pids,
+pub(super) struct Host {
+    pub(super) cpu: Cpu,
+    pub(super) memory: Memory,
+    pub(super) pids: Pids,
 }
 
 /// Prints events until the container ends, or its numbers once.
@@ -92,7 +92,8 @@ fn event<'a>(kind: &'static str, id: &'a str, data: Option<Data>) -> Event<'a> {
     Event { kind, id, data }
 }
 
-fn stats(control: Control) -> Result<Data, ControlError> {
+/// The question for a container's numbers.
+pub(super) fn stats(control: Control) -> Result<Data, ControlError> {
     match control.ask(&Request::Stats, &[])? {
         (Answer::Stats { guest, host }, _) => Ok(Data {
             guest,

@@ -1,7 +1,7 @@
 //! One function for each command: what was asked in, an exit status or an error out.
 //!
 //! Contract: a command prints its result on standard output and nothing else; errors and warnings go to the log.
-//! Commands that only look (`list`, `state`, `spec`, `features`, `check`) start no thread and no event loop.
+//! Commands that only look (`list`, `metrics`, `state`, `spec`, `features`, `check`) start no thread and no event loop.
 
 use std::{
     env,
@@ -31,6 +31,7 @@ mod kill;
 mod kvm_api;
 pub(crate) mod launch;
 mod list;
+mod metrics;
 pub(crate) mod ps;
 mod run;
 mod spec;
@@ -81,6 +82,7 @@ pub fn dispatch(command: Command, context: &Context) -> Result<ExitCode, Command
         Command::Resume(args) => freeze::resume(&args, context),
         Command::Ps(args) => ps::run(&args, context),
         Command::Events(args) => events::run(&args, context),
+        Command::Metrics => metrics::metrics(context),
         Command::Update(args) => update::run(&args, context),
         Command::Checkpoint(_) => Err(CommandError::Checkpoint("checkpoint")),
         Command::Restore(_) => Err(CommandError::Checkpoint("restore")),
