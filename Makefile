@@ -160,6 +160,7 @@ package: deb lab ## Install the package in the lab, run a container from it, rem
 SCHEMAS := target/tools/schemas
 
 $(SCHEMAS)/bin/kubernetes-validate: | deps
+	python3 -c 'import ensurepip' 2>/dev/null || $(SUDO) apt-get install -qy --no-install-recommends python3-venv
 	python3 -m venv $(SCHEMAS)
 	$(SCHEMAS)/bin/pip install -q kubernetes-validate==1.37.0
 
