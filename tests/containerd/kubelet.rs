@@ -64,6 +64,7 @@ fn make_directories() {
         "/var/run/netns",
         "/var/lib/cni/results",
         "/run/containerd/io.containerd.runtime.v2.task",
+        "/run/containerd/runc/k8s.io",
     ] {
         fs::create_dir_all(dir).expect("directory");
     }
