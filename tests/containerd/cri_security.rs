@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use caisson_tests::case::runtime;
 use k8s_cri::v1::{
@@ -9,7 +10,7 @@ use k8s_cri::v1::{
     LinuxContainerSecurityContext, SecurityProfile, security_profile::ProfileType,
 };
 
-use crate::kubelet::{Kubelet, Pod, begin_pods, volume};
+use crate::kubelet::{Kubelet, Pod, begin_pods, begin_pods_within, volume};
 
 fn context(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
     let linux = config.linux.as_mut().expect("linux");
@@ -155,7 +156,7 @@ try:
     s = socket.socket(socket.AF_UNIX); s.connect('\0secret'); print('REACHED abstract socket')
 except ConnectionRefusedError:
     print('no abstract socket')
-for cid in [0, 1, 2, *range(3, 20)]:
+for cid in range(8):
     try:
         s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM); s.settimeout(2); s.connect((cid, 5000))
         # The host's own end takes a stray connection and closes it.
@@ -169,7 +170,8 @@ print('done')
 
 #[test]
 fn a_pod_reaches_another_by_the_network_alone() {
-    let case = begin_pods();
+    // Python starts slowly from a share on an emulated processor.
+    let case = begin_pods_within(Duration::from_secs(900));
     let node = Kubelet::start(&case);
     let scripts = case.dir().join("scripts");
     fs::create_dir(&scripts).expect("directory");
