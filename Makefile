@@ -75,11 +75,13 @@ e2e: build lab ## Run the end-to-end tests on runc and on caisson; ARGS chooses 
 .PHONY: engines
 engines: build ## Run the tests with podman and Docker, in the lab, on runc and on caisson; ARGS chooses tests
 	cargo test --release -p caisson-tests --test engines --no-run
+	tests/engines/rootfs target/engines/server.tar
 	$(LAB) down
 	$(LAB) up --smp 1 --image engines
 	program=$$(ls -t $(RELEASE)/deps/engines-* | grep -v '\.d$$' | head -n 1); \
 	for runtime in runc caisson; do \
-	  $(LAB) exec -t 2400 -e RUNTIME=$$runtime -- $(CURDIR)/$$program --test-threads=1 $(ARGS); \
+	  $(LAB) exec -t 2400 -e RUNTIME=$$runtime -e CAISSON_TEST_SERVER_ROOTFS=$(CURDIR)/target/engines/server.tar -- \
+	    $(CURDIR)/$$program --test-threads=1 $(ARGS); \
 	done
 	$(LAB) down
 

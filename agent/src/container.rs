@@ -6,7 +6,7 @@
 use crate::cgroup::{Cgroup, CgroupError, HIERARCHY};
 use crate::guest::GuestError;
 use crate::listening;
-use crate::network::{self, NetworkError};
+use crate::network::{self, NetworkError, Resolver};
 use crate::notify::Notify;
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
@@ -140,6 +140,8 @@ pub(crate) struct Container {
     pub(crate) init: Arc<Process>,
     // No await while it is held; no other lock is taken inside.
     changing: Mutex<Changing>,
+    /// For as long as the container is there.
+    _resolver: Option<Resolver>,
 }
 
 /// What containers are made with.
@@ -207,6 +209,21 @@ fn plan(request: &CreateContainerRequest, preserved: u32) -> Result<Planned, Con
     })
 }
 
+/// A container without one is one whose questions about names are not answered.
+fn resolver(workshop: &Workshop, stdio: &Stdio, process: &Process) -> Option<Resolver> {
+    if stdio.resolver_port == 0 {
+        return None;
+    }
+    let begun = workshop
+        .dial
+        .connect(stdio.resolver_port)
+        .map_err(ContainerError::Streams)
+        .and_then(|host| Ok(Resolver::begin(host, process.resident())?));
+    begun
+        .inspect_err(|error| crate::kmsg::error(&crate::error_line(error)))
+        .ok()
+}
+
 impl Container {
     /// Sets a container up as far as its parked init. What fails leaves nothing.
     pub(crate) async fn create(
@@ -251,6 +268,7 @@ impl Container {
         }
         match spawn(&child, around, child_ends, our_ends).await {
             Ok((process, parked)) => Ok(Self {
+                _resolver: resolver(workshop, stdio, &process),
                 id: request.container_id.clone(),
                 cgroup,
                 namespaces: child.namespaces,

@@ -13,6 +13,7 @@ use caisson_agent_api::{
     ReadCgroupRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
     UpdateNetworkRequest, WaitOomRequest,
 };
+use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use ttrpc::{
     Code, Error,
@@ -73,7 +74,7 @@ pub enum RefusalKind {
 }
 
 /// How a process ended, as the agent tells it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// Exit code; 128+n for signal n.
     pub status: u8,
@@ -94,6 +95,8 @@ pub struct StreamPorts {
     pub stdout: u32,
     /// Standard error.
     pub stderr: u32,
+    /// Of a container's init: questions for the host's resolver.
+    pub resolver: u32,
     /// Descriptors from 3 upwards.
     pub preserved: Vec<u32>,
 }
@@ -412,6 +415,7 @@ fn stdio(ports: &StreamPorts) -> Stdio {
         stdin_port: ports.stdin,
         stdout_port: ports.stdout,
         stderr_port: ports.stderr,
+        resolver_port: ports.resolver,
         ..Default::default()
     }
 }

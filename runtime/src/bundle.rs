@@ -172,6 +172,13 @@ impl Bundle {
         })
     }
 
+    /// The rules that [`Bundle::load`] has beyond [`Bundle::load_member`], for a container that turned out to join no
+    /// sandbox.
+    pub fn check_alone(&self) -> Result<(), BundleError> {
+        rules::alone(&self.spec)?;
+        network(&self.spec)
+    }
+
     /// Checks that caller and container agree on the terminal, in runc's words.
     pub fn check_terminal(&self, caller: Caller) -> Result<(), BundleError> {
         let terminal = self

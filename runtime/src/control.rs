@@ -23,7 +23,10 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     packet::{self, PacketError, Packets},
+    sandbox::remote::{Question, Reply},
+    sizing::VmSize,
     stats::Stats,
+    vmm::Ended,
     watched::watch,
 };
 
@@ -81,6 +84,22 @@ pub enum Request {
         /// A `linux.resources` object as JSON.
         resources: String,
     },
+    /// Say who holds the sandbox, and what the container's namespaces are called there.
+    Premises,
+    /// Take one more container into the sandbox that this monitor holds. The connection stands for the container.
+    Join {
+        /// Its name.
+        id: String,
+    },
+    /// On a connection of `Join`: the container is over; answered when nothing of it is left.
+    Leave,
+    /// A question about a container that has joined.
+    Member {
+        /// Its name.
+        id: String,
+        /// The question.
+        question: Question,
+    },
 }
 
 /// What the monitor answers.
@@ -118,6 +137,24 @@ pub enum Answer {
     },
     /// The kernel has killed a process of the container for want of memory.
     OutOfMemory,
+    /// Of the container.
+    Premises {
+        /// The state directory of the monitor that holds the sandbox.
+        holder: PathBuf,
+        /// The pid of the container's init in the guest.
+        guest_pid: u32,
+    },
+    /// The container may come in; attached is the sandbox's mount namespace.
+    Joined {
+        /// The shared directory, in that namespace.
+        share: PathBuf,
+        /// How large the virtual machine is.
+        size: VmSize,
+    },
+    /// To a container that has joined: the virtual machine is over.
+    SandboxEnded(Ended),
+    /// To its question.
+    Member(Reply),
     /// It is not done.
     Failed(String),
 }
@@ -205,6 +242,24 @@ impl Control {
         }
     }
 
+    /// Asks to be let into the monitor's sandbox. The first of the answers is the tie, the last is the sandbox's mount
+    /// namespace.
+    pub fn join(self, id: &str) -> Result<(OwnedFd, PathBuf, VmSize, OwnedFd), ControlError> {
+        let id = id.to_owned();
+        match self.ask(&Request::Join { id }, &[])? {
+            (Answer::Joined { share, size }, fds) => {
+                let namespace = fds.into_iter().next();
+                Ok((
+                    self.0,
+                    share,
+                    size,
+                    namespace.ok_or(ControlError::Unexpected)?,
+                ))
+            }
+            _ => Err(ControlError::Unexpected),
+        }
+    }
+
     /// Begins to watch; [`Watch::next`] then tells what happens.
     pub fn watch(self) -> Result<Watch, ControlError> {
         self.order(&Request::Watch)?;
@@ -244,6 +299,16 @@ impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// A connection to the monitor whose state directory is `dir`, for one question of a monitor's; see [`Control`] for the
+/// command line's. Must be called inside a runtime.
+pub(crate) fn connect(dir: &Path) -> Result<Packets, ControlError> {
+    let Control(socket) = Control::connect(dir)?;
+    Packets::new(socket).map_err(|source| ControlError::Connect {
+        path: dir.join(SOCKET),
+        source,
+    })
 }
 
 /// The monitor's end: where commands connect.

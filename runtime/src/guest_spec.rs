@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 
 use caisson_agent_api::{NOTIFY_DIRECTORY, NOTIFY_SOCKET, SHARE_MOUNT};
-use oci_spec::runtime::{Hooks, LinuxResources, Mount, Root, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Root, Spec};
 
 /// A bind mount whose source is a path of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +124,25 @@ pub fn remove_host_limits(resources: &mut LinuxResources) {
             .set_throttle_write_bps_device(None)
             .set_throttle_read_iops_device(None)
             .set_throttle_write_iops_device(None);
+    }
+}
+
+/// Points the namespaces of these kinds, in the guest's part of a specification, at those of a process in the guest.
+pub fn join_namespaces(guest: &mut Spec, kinds: &[LinuxNamespaceType], guest_pid: u32) {
+    let Some(linux) = guest.linux_mut() else {
+        return;
+    };
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        let name = match namespace.typ() {
+            LinuxNamespaceType::Network => "net",
+            LinuxNamespaceType::Ipc => "ipc",
+            LinuxNamespaceType::Uts => "uts",
+            LinuxNamespaceType::Pid => "pid",
+            _ => continue,
+        };
+        if kinds.contains(&namespace.typ()) {
+            namespace.set_path(Some(format!("/proc/{guest_pid}/ns/{name}").into()));
+        }
     }
 }
 
@@ -265,6 +284,20 @@ mod tests {
                 bind(2, "/b/x.conf", false, false, false),
                 bind(3, "/s", true, false, true),
             ]
+        );
+    }
+
+    #[test]
+    fn namespaces_that_are_joined_are_those_of_a_process_in_the_guest() {
+        let namespaces =
+            json!([{"type": "network"}, {"type": "ipc"}, {"type": "pid"}, {"type": "mount"}]);
+        let mut guest = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespaces}}));
+        let kinds = [LinuxNamespaceType::Network, LinuxNamespaceType::Ipc];
+        join_namespaces(&mut guest, &kinds, 41);
+        assert_eq!(
+            serde_json::to_value(guest.linux()).unwrap()["namespaces"],
+            json!([{"type": "network", "path": "/proc/41/ns/net"}, {"type": "ipc", "path": "/proc/41/ns/ipc"},
+                {"type": "pid"}, {"type": "mount"}])
         );
     }
 

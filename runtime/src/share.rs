@@ -21,7 +21,7 @@
 
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -29,9 +29,9 @@ use rustix::{
     fs::{Mode, OFlags},
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
-        MoveMountFlags, UnmountFlags,
+        MoveMountFlags, OpenTreeFlags, UnmountFlags,
     },
-    thread::UnshareFlags,
+    thread::{LinkNameSpaceType, UnshareFlags},
 };
 
 use crate::guest_spec::{Bind, HostFiles};
@@ -77,6 +77,32 @@ pub fn begin_pid_namespace() -> Result<(), ShareError> {
         .map_err(|errno| ShareError::Pids(errno.into()))
 }
 
+/// Moves this process, which has one thread, into another sandbox's mount namespace.
+pub fn enter_namespace(namespace: BorrowedFd<'_>) -> Result<(), ShareError> {
+    rustix::thread::move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))
+        .map_err(|errno| ShareError::Namespace(errno.into()))
+}
+
+/// Takes a container's files out of the shared directory at `share` in the namespace `namespace`, where the calling
+/// thread need not be.
+pub fn remove_elsewhere(
+    namespace: BorrowedFd<'_>,
+    share: &Path,
+    id: &str,
+) -> Result<(), ShareError> {
+    let visit = || {
+        // SAFETY: FS does not unshare the table of descriptors, which is the danger of this call; only a thread with a
+        // root and working directory of its own may change its mount namespace.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
+            .map_err(|errno| ShareError::Namespace(errno.into()))?;
+        enter_namespace(namespace)?;
+        Share::existing(share.to_owned()).remove(id)
+    };
+    let done = std::thread::scope(|scope| scope.spawn(visit).join());
+    // A panic ends the process.
+    done.unwrap_or(Ok(()))
+}
+
 /// The size of the shared directory's own file system: it holds mount points only.
 const MOUNT_POINTS: &str = "1m";
 
@@ -84,6 +110,32 @@ const MOUNT_POINTS: &str = "1m";
 #[derive(Debug)]
 pub struct Share {
     path: PathBuf,
+    /// It ends with this value; otherwise it is another process's.
+    owned: bool,
+}
+
+/// A container's files, copied as mounts that are nowhere yet: they can be shared in another mount namespace than the one
+/// in which their paths mean something.
+#[derive(Debug)]
+pub struct Trees {
+    rootfs: OwnedFd,
+    /// In the order of [`HostFiles::binds`], with whether it is a directory.
+    binds: Vec<(OwnedFd, bool)>,
+}
+
+impl Trees {
+    /// Opens them, in the namespace of their paths.
+    pub fn open(files: &HostFiles) -> Result<Self, ShareError> {
+        let bind = |bind: &Bind| {
+            let source = &bind.source;
+            let is_dir = at("find the mount source", source, fs::metadata(source))?.is_dir();
+            Ok((clone(source, bind.recursive)?, is_dir))
+        };
+        Ok(Self {
+            rootfs: clone(&files.rootfs, true)?,
+            binds: files.binds.iter().map(bind).collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 impl Share {
@@ -97,7 +149,38 @@ impl Share {
         )?;
         Ok(Self {
             path: path.to_owned(),
+            owned: true,
         })
+    }
+
+    /// The shared directory that another process made at `path`, in the namespace that this thread has joined.
+    pub fn existing(path: PathBuf) -> Self {
+        Self { path, owned: false }
+    }
+
+    /// As [`Share::add`], with files from another mount namespace.
+    pub fn add_trees(&self, id: &str, files: &HostFiles, trees: &Trees) -> Result<(), ShareError> {
+        let container = self.path.join(id);
+        let (rootfs, mounts) = (container.join("rootfs"), container.join("mounts"));
+        for dir in [&rootfs, &mounts] {
+            at("make the directory", dir, fs::create_dir_all(dir))?;
+        }
+        attach(&trees.rootfs, &rootfs)?;
+        detach_from_host(&rootfs)?;
+        for (bind, (tree, is_dir)) in files.binds.iter().zip(&trees.binds) {
+            let target = mounts.join(bind.index.to_string());
+            make_mount_point(&target, *is_dir)?;
+            attach(tree, &target)?;
+            if bind.follows_host {
+                follow_host(&target)?;
+            } else {
+                detach_from_host(&target)?;
+            }
+            if bind.read_only {
+                make_read_only(&target)?;
+            }
+        }
+        Ok(())
     }
 
     /// The directory itself, for the VMM.
@@ -210,6 +293,9 @@ fn remove_empty(dir: &Path) -> Result<(), ShareError> {
 
 impl Drop for Share {
     fn drop(&mut self) {
+        if !self.owned {
+            return;
+        }
         // Takes everything below along. The namespace would do the same when its last process ends.
         let _ = rustix::mount::unmount(&self.path, UnmountFlags::DETACH);
     }
@@ -219,12 +305,7 @@ fn add_bind(mounts: &Path, bind_mount: &Bind) -> Result<(), ShareError> {
     let source = &bind_mount.source;
     let target = mounts.join(bind_mount.index.to_string());
     let is_dir = at("find the mount source", source, fs::metadata(source))?.is_dir();
-    let made = if is_dir {
-        fs::create_dir(&target)
-    } else {
-        fs::write(&target, b"")
-    };
-    at("make the mount point", &target, made)?;
+    make_mount_point(&target, is_dir)?;
     bind(source, &target, bind_mount.recursive)?;
     if !bind_mount.follows_host {
         detach_from_host(&target)?;
@@ -242,6 +323,38 @@ fn bind(source: &Path, target: &Path, recursive: bool) -> Result<(), ShareError>
         rustix::mount::mount_bind(source, target)
     };
     at("share the mount source", source, done.map_err(Into::into))
+}
+
+fn make_mount_point(target: &Path, is_dir: bool) -> Result<(), ShareError> {
+    let made = if is_dir {
+        fs::create_dir(target)
+    } else {
+        fs::write(target, b"")
+    };
+    at("make the mount point", target, made)
+}
+
+fn clone(path: &Path, recursive: bool) -> Result<OwnedFd, ShareError> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    let tree = rustix::mount::open_tree(rustix::fs::CWD, path, flags);
+    at("share the mount source", path, tree.map_err(Into::into))
+}
+
+fn attach(tree: &OwnedFd, target: &Path) -> Result<(), ShareError> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    let moved = rustix::mount::move_mount(tree, "", rustix::fs::CWD, target, flags);
+    at("mount at", target, moved.map_err(Into::into))
+}
+
+/// A tree that was copied from the host's own namespace is the host's equal there; here it only receives.
+fn follow_host(target: &Path) -> Result<(), ShareError> {
+    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    at(
+        "change the propagation of",
+        target,
+        rustix::mount::mount_change(target, flags).map_err(Into::into),
+    )
 }
 
 fn detach_from_host(target: &Path) -> Result<(), ShareError> {

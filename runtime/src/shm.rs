@@ -4,12 +4,18 @@
 //! travel through the share would be kept twice and written back for nobody: no other kernel looks at it. The size that
 //! the engine chose holds in the guest.
 //!
+//! The first container of a sandbox has it as memory of the sandbox's ([`share`]), and those that join its IPC namespace
+//! have the same; any other has its own ([`localize`]).
+//!
 //! Contract: only an empty tmpfs that is mounted for the purpose is replaced. The host's own `/dev/shm` and directories
 //! inside of a file system stay shared live: whoever names those means them.
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path};
 
+use caisson_agent_api::SHM_MOUNT;
 use oci_spec::runtime::{Mount, Spec};
+
+use crate::guest_spec::HostFiles;
 
 const DESTINATION: &str = "/dev/shm";
 
@@ -19,6 +25,27 @@ const TMPFS: i64 = 0x0102_1994;
 /// Replaces the bind mount at `/dev/shm`, if it is one to be replaced.
 pub fn localize(spec: &mut Spec) {
     replace(spec, private_tmpfs_bytes);
+}
+
+/// Takes the bind mount at `/dev/shm`, if it is one to be replaced, out of what the host provides, and has the guest mount
+/// the memory that the sandbox's containers share there. Answers how large that is to be.
+pub fn share(guest: &mut Spec, files: &mut HostFiles) -> Option<u64> {
+    share_memory(guest, files, private_tmpfs_bytes)
+}
+
+fn share_memory(
+    guest: &mut Spec,
+    files: &mut HostFiles,
+    size_bytes: impl Fn(&Path) -> Option<u64>,
+) -> Option<u64> {
+    let mounts = guest.mounts_mut().as_mut()?;
+    let at_shm = |mount: &Mount| mount.destination() == Path::new(DESTINATION);
+    let index = mounts.iter().position(at_shm)?;
+    let replaced = files.binds.iter().position(|bind| bind.index == index)?;
+    let bytes = size_bytes(&files.binds.get(replaced)?.source)?;
+    files.binds.remove(replaced);
+    mounts.get_mut(index)?.set_source(Some(SHM_MOUNT.into()));
+    Some(bytes)
 }
 
 fn replace(spec: &mut Spec, size_bytes: impl Fn(&Path) -> Option<u64>) {
@@ -90,6 +117,26 @@ mod tests {
             json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
                 "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536000"]})
         );
+    }
+
+    #[test]
+    fn memory_that_is_shared_in_the_guest_is_not_the_hosts_to_provide() {
+        let spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": [
+            {"destination": "/data", "type": "bind", "source": "/d", "options": ["bind"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/var/ctr/shm", "options": ["bind", "nosuid"]},
+        ]}))
+        .unwrap();
+        let (guest, files) = crate::guest_spec::split("c", Path::new("/b"), spec);
+        let share = |size| {
+            let (mut guest, mut files) = (guest.clone(), files.clone());
+            let bytes = share_memory(&mut guest, &mut files, |_| size);
+            let source = guest.mounts().as_ref().unwrap()[1].source().clone();
+            (bytes, source.unwrap(), files.binds.len())
+        };
+        assert_eq!(share(Some(4096)), (Some(4096), SHM_MOUNT.into(), 1));
+        // A directory of the user's own stays shared live with the host.
+        assert_eq!(share(None).0, None);
+        assert_eq!(share(None).2, 2);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 pub use caisson_vmm_spec::MiB;
 use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
 
 use crate::{bundle::VmSection, config::Config};
 
@@ -24,7 +25,7 @@ pub const MOST_VCPUS: u8 = 32;
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// The size of a virtual machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSize {
     /// 1 to 32.
     pub vcpus: u8,

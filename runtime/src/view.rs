@@ -24,6 +24,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use rustix::{
@@ -110,6 +111,13 @@ impl View {
         rustix::process::fchdir(&host).step("return to the host's tree")?;
         rustix::process::chroot(".").step("return to the host's root")?;
         Ok(view)
+    }
+}
+
+impl View {
+    /// The sandbox's mount namespace, where the shared directory is.
+    pub fn sandbox_namespace(&self) -> io::Result<Arc<OwnedFd>> {
+        self.sandbox.try_clone().map(Arc::new)
     }
 }
 

@@ -23,6 +23,7 @@ use rustix::{
     fs::{MemfdFlags, Mode, OFlags},
     pipe::{PipeFlags, pipe_with},
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
@@ -104,7 +105,7 @@ pub enum VmmError {
 }
 
 /// How a VM came to its end.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
     /// Why.
     pub cause: Cause,

@@ -23,7 +23,7 @@ pub(crate) const IMAGE: &str = "localhost/busybox";
 const HOME: &str = "/scratch/engines";
 
 /// How long a command may take: an engine's takes seconds where the processor is emulated, and minutes if it is busy.
-const LIMIT: Duration = Duration::from_secs(180);
+pub(crate) const LIMIT: Duration = Duration::from_secs(180);
 
 /// Mount points that the engines make once.
 const KEPT_MOUNTS: &[&str] = &[
@@ -91,6 +91,11 @@ impl Engine {
         ready.get_or_init(|| engine.prepare());
         engine.before = Snapshot::take();
         engine
+    }
+
+    /// Which engine it is.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// A directory of this test's.
@@ -165,15 +170,26 @@ impl Engine {
         self.wait_for(name, "ready");
     }
 
-    /// Returns when the container's log has a line.
+    /// Returns when the container's log has a line that ends like this.
     #[track_caller]
-    pub(crate) fn wait_for(&self, name: &str, line: &str) {
+    pub(crate) fn wait_for(&self, name: &str, end: &str) {
+        self.wait_for_times(name, end, 1);
+    }
+
+    /// Returns when the container's log has so many lines that end like this.
+    #[track_caller]
+    pub(crate) fn wait_for_times(&self, name: &str, end: &str, times: u32) {
         let mut logs = self.follow(name);
-        while logs.line() != line {
-            assert!(
-                !logs.ends_within(Duration::ZERO),
-                "the log ended before {line:?}"
-            );
+        let mut seen = 0;
+        while seen < times {
+            if logs.line().ends_with(end) {
+                seen += 1;
+            } else {
+                assert!(
+                    !logs.ends_within(Duration::ZERO),
+                    "the log ended before {end:?}"
+                );
+            }
         }
         logs.signal(Signal::KILL);
         logs.finish();
@@ -217,6 +233,8 @@ impl Engine {
             line.starts_with("- ")
                 || line.starts_with("+ socket")
                 || (line.starts_with("+ file") && !line.contains("caisson"))
+                // Made by the first container, as runc makes its own.
+                || line == "+ file /run/caisson"
                 || KEPT_MOUNTS.iter().any(|mount| line.starts_with(mount))
                 || KEPT_CGROUPS
                     .iter()

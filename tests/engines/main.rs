@@ -5,8 +5,11 @@
 
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
+mod docker;
 mod engine;
+mod http;
 mod podman;
+mod server;
 mod verbs;
 
 /// Each test of `verbs`, once with each engine.
@@ -45,4 +48,6 @@ with_both!(
     usage_is_measured,
     a_running_container_is_removed_by_force,
     a_published_port_is_reached,
+    limits_are_changed,
+    a_server_is_built_loaded_and_keeps_its_data,
 );

@@ -124,7 +124,8 @@ pub(crate) fn the_engines_init_is_process_one(engine: &Engine) {
     assert!(output.ends_with("-init"), "{output}");
 }
 
-/// A shell on a terminal: it echoes, has a size that follows, and ends with its exit status.
+/// A shell on a terminal: it echoes, has a size that follows, and ends with its exit status. Engines tell the size once
+/// the program runs, which may be before or after it looks.
 #[track_caller]
 fn use_terminal(call: caisson_tests::Call) {
     let (mut terminal, slave) = Terminal::open();
@@ -132,7 +133,8 @@ fn use_terminal(call: caisson_tests::Call) {
     let twin = || slave.try_clone().expect("clone");
     let running = call.stdin(twin()).stdout(twin()).stderr(twin()).start();
     drop(slave);
-    terminal.write("echo $((6*7)); stty size\n");
+    terminal
+        .write("echo $((6*7)); until [ \"$(stty size 2>&1)\" = '33 77' ]; do :; done; stty size\n");
     terminal.expect("42\r\n");
     terminal.expect("33 77\r\n");
     terminal.write("exit 3\n");
@@ -282,3 +284,13 @@ pub(crate) fn a_published_port_is_reached(engine: &Engine) {
     assert!(answer.ends_with("a page\n"), "{answer}");
     engine.remove("web");
 }
+
+pub(crate) fn limits_are_changed(engine: &Engine) {
+    engine.start("limits", ["--memory=64m", "--cpus=0.9"], PATIENT);
+    engine.ok(["update", "--cpus=0.5", "limits"]);
+    let limits = engine.exec("limits", "cd /sys/fs/cgroup; cat cpu.max memory.max");
+    assert_eq!(limits.text(), "50000 100000\n67108864\n");
+    engine.remove("limits");
+}
+
+pub(crate) use crate::server::a_server_is_built_loaded_and_keeps_its_data;

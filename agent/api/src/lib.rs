@@ -35,6 +35,15 @@ pub const SHARE_TAG: &str = "caisson";
 /// absolute paths below it.
 pub const SHARE_MOUNT: &str = "/run/caisson/share";
 
+/// The resolver that Docker runs for the containers of its networks: on the host, at this address in the container's
+/// network namespace, for queries by UDP. What is asked there in the guest travels to the host over a stream, a datagram
+/// each as the asker's number and the length, two bytes in network order each, and the datagram.
+pub const RESOLVER: core::net::Ipv4Addr = core::net::Ipv4Addr::new(127, 0, 0, 11);
+/// Its port, and the most askers whose answers may be outstanding.
+pub const RESOLVER_PORT: u16 = 53;
+/// See [`RESOLVER`].
+pub const RESOLVER_ASKERS: u16 = 256;
+
 /// Where the memory is that the containers of a sandbox share as their /dev/shm.
 pub const SHM_MOUNT: &str = "/run/caisson/shm";
 

@@ -3,6 +3,7 @@
 //! | file | is |
 //! |---|---|
 //! | `device.rs` | virtio devices that appear and go: the kernel's driver is bound and unbound by hand |
+//! | `resolver.rs` | questions about names that the host answers |
 //! | `socket.rs` | rtnetlink(7) requests and their answers |
 //!
 //! Contract: [`apply`] carries out one [`Network`] of the host, in order, and ends at the first step that fails. It runs
@@ -10,6 +11,7 @@
 //! Not here: which interfaces and addresses there are (the host copies its own), loopback (`child.rs`).
 
 mod device;
+mod resolver;
 mod socket;
 
 use std::fs;
@@ -24,6 +26,8 @@ use rustix::thread::{
     LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces,
 };
 use socket::Socket;
+
+pub(crate) use resolver::Resolver;
 
 /// `IFLA_NEW_IFINDEX`, linux/if_link.h.
 const IFLA_NEW_IFINDEX: u16 = 49;

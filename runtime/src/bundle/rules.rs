@@ -218,6 +218,11 @@ fn linux(spec: &Spec, place: Place) -> Result<(), BundleError> {
     unsupported_parts(linux)
 }
 
+/// What holds for a container that has a virtual machine of its own.
+pub(super) fn alone(spec: &Spec) -> Result<(), BundleError> {
+    linux(spec, Place::Alone)
+}
+
 fn namespaces(all: &[LinuxNamespace], place: Place) -> Result<(), BundleError> {
     for (index, namespace) in all.iter().enumerate() {
         let kind = name(namespace.typ());

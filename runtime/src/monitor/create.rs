@@ -10,13 +10,14 @@ use std::{
     time::SystemTime,
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::Mode;
 
 use super::{
     doors::Door,
     hooks::HostHooks,
     live::{Live, Record},
+    membership::{Joined, Premises, Sharer},
     order::{Go, Order, Report},
 };
 use crate::{
@@ -28,10 +29,12 @@ use crate::{
     forwarded::Signals,
     guest_spec,
     log::{Log, LogError},
-    network::{Network, NetworkError},
+    network::{Network, NetworkError, resolver},
     packet::{PacketError, Packets},
     preserved,
-    sandbox::{Activation, BootError, CreateRequest, Sandbox, SandboxError, Wanted},
+    sandbox::{
+        Activation, BootError, Booting, CreateRequest, Sandbox, SandboxError, Started, Wanted,
+    },
     share::{self, Share, ShareError},
     shm,
     sizing::{self, Host, SizingError},
@@ -121,8 +124,12 @@ pub(super) async fn create(
         None => None,
     };
     let config = Config::load()?;
-    let bundle = Bundle::load(&order.bundle, &config)?;
+    let bundle = Bundle::load_member(&order.bundle, &config)?;
     let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
+    let joins = Sharer::find(&bundle.spec, &order.root);
+    if joins.is_none() {
+        bundle.check_alone()?;
+    }
     let caller = Caller {
         detach: order.detach,
         console_socket: order.console_socket.is_some(),
@@ -155,28 +162,49 @@ pub(super) async fn create(
 
     let id = order.id.as_str();
     let mut spec = bundle.spec.clone();
-    shm::localize(&mut spec);
-    let (mut guest, host_files) = guest_spec::split(id, &bundle.path, spec.clone());
-    share::enter_private_namespace()?;
-    let mut network = Network::enter(bundle.network_path(), dir.path())?;
-    let plugs = network.boot(config.spare_interfaces)?;
-    let share = Share::make(&dir.path().join("share"))?;
-    share.add(id, &host_files)?;
+    let shares_memory = joins
+        .as_ref()
+        .is_none_or(|sharer| sharer.shares(LinuxNamespaceType::Ipc));
+    if !shares_memory {
+        shm::localize(&mut spec);
+    }
+    let (mut guest, mut host_files) = guest_spec::split(id, &bundle.path, spec.clone());
+    let shared_memory_bytes = shares_memory
+        .then(|| shm::share(&mut guest, &mut host_files))
+        .flatten();
     let signals = Signals::catch().map_err(|source| CreateError::Host {
         step: "catch signals",
         source,
     })?;
-    let booting = Boot {
-        dir: dir.path(),
-        config: &config,
-        vm: bundle.vm.as_ref(),
-        size,
-        share: &share,
-        cgroup: cgroup.as_ref(),
-        networks: plugs,
-        spare_networks: network.spare(),
-    }
-    .start()?;
+    let (share, mut network, birth) = match &joins {
+        None => {
+            share::enter_private_namespace()?;
+            let mut network = Network::enter(bundle.network_path(), dir.path())?;
+            let networks = network.boot(config.spare_interfaces)?;
+            let share = Share::make(&dir.path().join("share"))?;
+            share.add(id, &host_files)?;
+            let booting = Boot {
+                dir: dir.path(),
+                config: &config,
+                vm: bundle.vm.as_ref(),
+                size,
+                share: &share,
+                cgroup: cgroup.as_ref(),
+                networks,
+                spare_networks: network.spare(),
+            };
+            let birth = Birth::Boots(booting.start()?);
+            (share, Some(network), birth)
+        }
+        Some(sharer) => {
+            let (share, joined) = sharer.join(id, &mut guest, &host_files)?;
+            (share, None, Birth::Joined(joined))
+        }
+    };
+    let (holder, size) = match &birth {
+        Birth::Boots(_) => (dir.path().to_owned(), size),
+        Birth::Joined(joined) => (joined.holder.clone(), joined.size),
+    };
     // In a unit of systemd's it is already.
     let to_join = cgroup.as_ref().filter(|cgroup| cgroup.unit().is_none());
     let joining = to_join.map(Joining::begin).transpose()?;
@@ -200,13 +228,16 @@ pub(super) async fn create(
             u32::try_from(streams.preserved.len()).unwrap_or(0),
         ),
         network: Default::default(),
-        shared_memory_bytes: None,
+        shared_memory_bytes,
         activation: Activation {
             listening,
             notify: order.notify,
         },
     };
-    let sandbox = unless_abandoned(report, booting.ready()).await??.spawn();
+    let sandbox = match birth {
+        Birth::Boots(booting) => unless_abandoned(report, booting.ready()).await??.spawn(),
+        Birth::Joined(joined) => joined.sandbox,
+    };
     let inside = joining.map(Joining::finish).transpose()?;
 
     let created = async {
@@ -214,14 +245,17 @@ pub(super) async fn create(
             report.send(&Report::Hooks, &[]).await?;
             go(report).await?;
         }
-        // Engines connect the namespace before, hooks just now.
-        if let Some(change) = network.change()? {
-            unless_abandoned(report, change.plug(&sandbox)).await??;
+        if let Some(network) = &mut network {
+            // Engines connect the namespace before, hooks just now.
+            if let Some(change) = network.change()? {
+                unless_abandoned(report, change.plug(&sandbox)).await??;
+            }
+            for complaint in network.complaints() {
+                report.send(&Report::Warning(complaint), &[]).await?;
+            }
+            request.network = network.whole();
+            request.wanted.resolver = resolver::is_wanted(&spec);
         }
-        for complaint in network.complaints() {
-            report.send(&Report::Warning(complaint), &[]).await?;
-        }
-        request.network = network.whole();
         let set_up = set_up(&sandbox, id, request, streams);
         let flowing = unless_abandoned(report, set_up).await??;
         share.seal(id, &host_files)?;
@@ -234,14 +268,26 @@ pub(super) async fn create(
             dir.store(&state)?;
         }
         let view = View::enter(&share, id, &view::places(&spec, &host_files))?;
+        let premises = Premises {
+            holder,
+            guest_pid: flowing.guest_pid,
+            size,
+            share: share.path().to_owned(),
+            namespace: view
+                .sandbox_namespace()
+                .map_err(|source| CreateError::Host {
+                    step: "keep the sandbox's mount namespace",
+                    source,
+                })?,
+        };
         report.send(&Report::Ready { pid: state.pid }, &[]).await?;
-        Ok::<_, CreateError>((flowing, listener, view))
+        Ok::<_, CreateError>((flowing, listener, view, premises))
     };
     match created.await {
-        Ok((flowing, listener, view)) => {
+        Ok((flowing, listener, view, premises)) => {
             drop((inside.map(Inside::stay), cgroup.map(HostCgroup::keep)));
             let limits = Limits::new(&bundle.spec, size);
-            let record = Record::new(dir.keep(), state, limits);
+            let record = Record::new(dir.keep(), state, limits, premises);
             Ok(Live {
                 sandbox,
                 record,
@@ -264,8 +310,18 @@ pub(super) async fn create(
     }
 }
 
+/// Where a container's sandbox comes from.
+enum Birth {
+    /// It is its own, and boots.
+    Boots(Booting),
+    /// It is another container's.
+    Joined(Joined),
+}
+
 /// What is left to follow of streams that flow.
 struct Flowing {
+    /// Init, in the guest.
+    guest_pid: u32,
     terminal: Option<OwnedFd>,
     /// Standard output and standard error.
     progress: [Option<Progress>; 2],
@@ -283,11 +339,18 @@ async fn set_up(
     streams: Streams,
 ) -> Result<Flowing, CreateError> {
     let listening = request.activation.listening.clone();
-    let guest_ends = sandbox.create(id, request).await?.streams;
+    let Started {
+        pid: guest_pid,
+        streams: guest_ends,
+    } = sandbox.create(id, request).await?;
     let failed = |source| CreateError::Host {
         step: "pass the standard streams on",
         source,
     };
+    if let Some(questions) = guest_ends.resolver {
+        // What goes wrong there is a question without an answer.
+        tokio::spawn(resolver::relay(questions));
+    }
     if let Some(stdin) = guest_ends.stdin {
         stdio::input(streams.stdin, stdin).map_err(failed)?;
     }
@@ -317,6 +380,7 @@ async fn set_up(
         source,
     })?;
     Ok(Flowing {
+        guest_pid,
         terminal: streams.terminal,
         progress: [stdout, stderr],
         preserved,

@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{doors::Door, order::Report, serve};
+use super::{doors::Door, membership::Premises, order::Report, serve};
 use crate::{
     cgroup::HostCgroup,
     control::Listener,
@@ -39,8 +39,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 pub(super) struct Live {
     pub(super) sandbox: Sandbox,
     pub(super) record: Record,
-    /// Parted from the host's interfaces when dropped.
-    pub(super) network: Network,
+    /// Parted from the host's interfaces when dropped; none if the sandbox is another monitor's.
+    pub(super) network: Option<Network>,
     pub(super) listener: Listener,
     /// Standard output and standard error.
     pub(super) progress: [Option<Progress>; 2],
@@ -70,6 +70,7 @@ struct Shared {
     processes: AtomicU64,
     /// The processes that stand for running `exec`s; never locked across an await.
     stand_ins: Mutex<Vec<u32>>,
+    premises: Premises,
     /// Held while they are changed in the guest and on the host.
     limits: AsyncMutex<Limits>,
 }
@@ -88,12 +89,13 @@ impl Drop for StandIn {
 }
 
 impl Record {
-    pub(super) fn new(dir: StateDir, state: State, limits: Limits) -> Self {
+    pub(super) fn new(dir: StateDir, state: State, limits: Limits, premises: Premises) -> Self {
         Self(Arc::new(Shared {
             dir,
             state: Mutex::new(state),
             processes: AtomicU64::new(0),
             stand_ins: Mutex::default(),
+            premises,
             limits: AsyncMutex::new(limits),
         }))
     }
@@ -117,6 +119,11 @@ impl Record {
         all.extend(self.stand_ins().iter());
         all.sort_unstable();
         all
+    }
+
+    /// Where the sandbox is, for those who want to join it.
+    pub(super) fn premises(&self) -> &Premises {
+        &self.0.premises
     }
 
     /// The limits, for whoever changes them.
@@ -185,8 +192,17 @@ impl Live {
                 log.warning(text);
             }
         };
-        let following = follow(network, askers, sandbox.clone(), id.clone(), complain);
-        let mut following = Box::pin(following);
+        let (follower_of, id_of) = (sandbox.clone(), id.clone());
+        let mut following = Box::pin(async move {
+            match network {
+                Some(network) => follow(network, askers, follower_of, id_of, complain).await,
+                // Who waits for it need not wait: the holder follows.
+                None => {
+                    drop(askers);
+                    std::future::pending().await
+                }
+            }
+        });
         let mut open = JoinSet::new();
         for door in doors {
             open.spawn(door.serve(sandbox.clone()));

@@ -15,6 +15,7 @@ mod create;
 mod doors;
 mod hooks;
 mod live;
+mod membership;
 mod order;
 mod serve;
 

@@ -4,7 +4,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use caisson_vmm_spec::Cause;
 
-use super::live::Record;
+use super::{
+    live::Record,
+    membership::{self, Premises},
+};
 use crate::{
     control::{Answer, ControlError, Request, attached, read_attached},
     error,
@@ -13,7 +16,7 @@ use crate::{
     process_table::Table,
     sandbox::{
         Event, ExecRequest, Exit, INIT, LOST, Refused, Sandbox, SandboxError, Started, Streams,
-        Wanted,
+        Wanted, remote,
     },
     state::Status,
 };
@@ -83,6 +86,20 @@ pub(super) async fn connection(
         }
         Request::Ready => sandbox.ready(&id).await.map(|()| None),
         Request::Watch => return watch(&packets, &sandbox, &id).await,
+        Request::Premises => {
+            let Premises {
+                holder, guest_pid, ..
+            } = record.premises().clone();
+            return reply(&packets, &Answer::Premises { holder, guest_pid }, &[]).await;
+        }
+        Request::Join { id } => {
+            return membership::hold(packets, sandbox, record.premises().clone(), id).await;
+        }
+        // Said on a connection of `Join` alone.
+        Request::Leave => return,
+        Request::Member { id, question } => {
+            return remote::carry_out(&packets, &sandbox, &id, question, fds).await;
+        }
         Request::Update { resources } => {
             let answer = match update(&sandbox, &record, &id, &resources).await {
                 Ok(()) => Answer::Done,

@@ -6,6 +6,7 @@
 //! | `netlink.rs` | the kernel's answers about it, and its notices of changes |
 //! | `view.rs` | what is in it, and how one view becomes another (pure) |
 //! | `joint.rs`, `tap.rs` | an interface joined to a tap |
+//! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
 //! | `follow.rs` | the guest follows while the container lives |
 //!
 //! Contract: interfaces that are there when the virtual machine starts are devices from its first instruction; those
@@ -18,6 +19,7 @@ mod follow;
 mod joint;
 mod namespace;
 mod netlink;
+pub mod resolver;
 mod tap;
 mod view;
 
@@ -165,6 +167,16 @@ impl Network {
             network.first_look(path)?;
         }
         Ok(network)
+    }
+
+    /// Moves this process, which has one thread, into the namespace at `path`, whose interfaces are another process's to
+    /// connect.
+    pub fn stand_in(path: &Path) -> Result<(), NetworkError> {
+        let joined = namespace::join(path).map_err(|source| NetworkError::Join {
+            path: path.to_owned(),
+            source,
+        });
+        joined.map(drop)
     }
 
     /// The namespace at `path`, for a process that stays where it is.

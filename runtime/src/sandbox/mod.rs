@@ -15,11 +15,13 @@ mod inquiry;
 mod message;
 mod owner;
 mod ports;
+pub mod remote;
 mod status;
 
 use std::os::fd::OwnedFd;
 
 use caisson_agent_api::Network;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::{
@@ -29,6 +31,7 @@ pub use self::{
 pub use crate::agent::{Activation, Exit};
 use crate::{
     agent::AgentError,
+    control::ControlError,
     process_table::{Table, TableError},
     state::Status,
     stats::{Stats, StatsError},
@@ -75,10 +78,19 @@ pub enum SandboxError {
     /// The host refused something.
     #[error("open ports for the standard streams")]
     Ports(#[source] std::io::Error),
+    /// Another process holds the sandbox, and could not do it: its words.
+    #[error("{0}")]
+    Told(String),
+    /// Another process holds the sandbox, and this is not done for others.
+    #[error("a container in another container's virtual machine cannot {0}")]
+    NotHere(&'static str),
+    /// Another process holds the sandbox, and cannot be asked.
+    #[error("ask the holder of the sandbox")]
+    Holder(#[source] ControlError),
 }
 
 /// Which streams a process wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Wanted {
     /// Standard input.
     pub stdin: bool,
@@ -86,6 +98,8 @@ pub struct Wanted {
     pub stdout: bool,
     /// Standard error; not with a terminal.
     pub stderr: bool,
+    /// Of a container's init: questions about names that the host answers ([`crate::network::resolver`]).
+    pub resolver: bool,
     /// How many descriptors from 3 upwards.
     pub preserved: u32,
 }
@@ -97,6 +111,7 @@ impl Wanted {
             stdin: true,
             stdout: true,
             stderr: !terminal,
+            resolver: false,
             preserved,
         }
     }
@@ -111,6 +126,8 @@ pub struct Streams {
     pub stdout: Option<OwnedFd>,
     /// Read by the host.
     pub stderr: Option<OwnedFd>,
+    /// Both directions.
+    pub resolver: Option<OwnedFd>,
     /// Descriptors from 3 upwards, both directions.
     pub preserved: Vec<OwnedFd>,
 }

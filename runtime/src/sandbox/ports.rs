@@ -49,6 +49,7 @@ impl Ports {
             (wanted.stdin, &mut ports.stdin, &mut arriving.stdin),
             (wanted.stdout, &mut ports.stdout, &mut arriving.stdout),
             (wanted.stderr, &mut ports.stderr, &mut arriving.stderr),
+            (wanted.resolver, &mut ports.resolver, &mut arriving.resolver),
         ];
         for (wanted, port, stream) in plain {
             if wanted {
@@ -79,6 +80,7 @@ pub(super) struct Arriving {
     stdin: Option<oneshot::Receiver<OwnedFd>>,
     stdout: Option<oneshot::Receiver<OwnedFd>>,
     stderr: Option<oneshot::Receiver<OwnedFd>>,
+    resolver: Option<oneshot::Receiver<OwnedFd>>,
     preserved: Vec<oneshot::Receiver<OwnedFd>>,
 }
 
@@ -90,6 +92,7 @@ impl Arriving {
                 stdin: arrived(self.stdin).await?,
                 stdout: arrived(self.stdout).await?,
                 stderr: arrived(self.stderr).await?,
+                resolver: arrived(self.resolver).await?,
                 preserved: Vec::new(),
             };
             for receiver in self.preserved {

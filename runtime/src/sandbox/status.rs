@@ -7,11 +7,13 @@
 //! ```
 //! A container that was paused before its start is created again after `Resume`; `container.rs` remembers that.
 
+use serde::{Deserialize, Serialize};
+
 use crate::state::Status;
 use Event::{Created, Delete, Exec, Exited, Pause, Resume, Signal, Start};
 
 /// What happens to a container, or is asked of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// The agent has set it up.
     Created,
@@ -32,7 +34,7 @@ pub enum Event {
 }
 
 /// A step that the table does not have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("cannot {event} a container that is {from}")]
 pub struct Refused {
     /// Where the container is.

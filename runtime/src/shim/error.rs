@@ -126,7 +126,10 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Stats(_)
         | SandboxError::Table(_)
         | SandboxError::Streams
-        | SandboxError::Ports(_) => Code::UNKNOWN,
+        | SandboxError::Ports(_)
+        | SandboxError::Told(_)
+        | SandboxError::NotHere(_)
+        | SandboxError::Holder(_) => Code::UNKNOWN,
     }
 }
 

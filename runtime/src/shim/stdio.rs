@@ -125,6 +125,7 @@ impl Files {
             // A terminal is one: its output is read even if nobody wants it.
             stdout: self.stdout.is_some() || terminal,
             stderr: self.stderr.is_some() && !terminal,
+            resolver: false,
             preserved: 0,
         }
     }
