@@ -429,6 +429,7 @@ mod tests {
     fn removing_what_was_never_shared_is_fine() {
         let dir = tempfile::tempdir().unwrap();
         let share = std::mem::ManuallyDrop::new(Share {
+            owned: true,
             path: dir.path().to_owned(),
         });
         share.remove("c1").unwrap();
@@ -438,6 +439,7 @@ mod tests {
     fn nothing_below_a_mount_point_is_ever_removed() {
         let dir = tempfile::tempdir().unwrap();
         let share = std::mem::ManuallyDrop::new(Share {
+            owned: true,
             path: dir.path().to_owned(),
         });
         // As after an unmount that did not happen: the user's files are still there.

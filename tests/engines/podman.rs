@@ -157,6 +157,7 @@ fn a_pods_containers_share_network_names_and_memory() {
     assert_eq!(engine.ok(["wait", "web"]), "137");
     assert_eq!(engine.exec("other", "echo here").text(), "here\n");
     engine.ok(["start", "web"]);
+    engine.wait_for_times("web", "ready", 2);
     assert_eq!(crate::http::Server::at(8081).get("/"), "a page\n");
     engine.ok(["pod", "stop", "-t", "1", "pod"]);
     engine.ok(["pod", "start", "pod"]);
