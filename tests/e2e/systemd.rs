@@ -1,6 +1,6 @@
 //! What systemd passes to a service and expects from it, with a container in between; and `--pidfd-socket`.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use caisson_tests::{Bundle, Call, Case};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{Shutdown, shutdown};
 
 /// A call of the runtime as systemd makes it: with `socket` as descriptor 3.
 fn activated(case: &Case, socket: impl Into<OwnedFd>, arguments: &[&str]) -> Call {
@@ -39,9 +41,14 @@ while True:
     case.debian().args(["/usr/bin/python3", "-c", program])
 }
 
-fn answer(mut stream: impl Read + Write, end: impl FnOnce(), asked: &[u8]) -> Vec<u8> {
+/// What the server answers on a connection; it has a minute.
+fn answer(stream: impl Into<OwnedFd>, asked: &[u8]) -> Vec<u8> {
+    let socket: OwnedFd = stream.into();
+    let minute = Some(Duration::from_secs(60));
+    set_socket_timeout(&socket, Timeout::Recv, minute).expect("timeout");
+    let mut stream = File::from(socket);
     stream.write_all(asked).expect("write");
-    end();
+    shutdown(&stream, Shutdown::Write).expect("shutdown");
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).expect("read");
     answer
@@ -57,22 +64,11 @@ fn an_internet_socket_that_systemd_opened_is_served_in_the_container() {
     // One that comes before there is a container waits for it.
     let early = TcpStream::connect(address).expect("connect");
     activated(&case, listener, &["run", "-d", "-b", &bundle, "one"]).succeed();
-    let ask = |stream: &TcpStream, asked: &[u8]| {
-        stream
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .expect("timeout");
-        let end = || {
-            stream
-                .shutdown(std::net::Shutdown::Write)
-                .expect("shutdown")
-        };
-        answer(stream, end, asked)
-    };
-    assert_eq!(ask(&early, b"early"), b"EARLY");
+    assert_eq!(answer(early, b"early"), b"EARLY");
     let large = vec![b'a'; 300_000];
     for asked in [b"second".as_slice(), &large] {
         let stream = TcpStream::connect(address).expect("connect");
-        assert!(ask(&stream, asked) == asked.to_ascii_uppercase());
+        assert!(answer(stream, asked) == asked.to_ascii_uppercase());
     }
     case.delete("one");
     assert!(
@@ -91,15 +87,7 @@ fn a_unix_socket_that_systemd_opened_is_served_in_the_container() {
     activated(&case, listener, &["create", "-b", &bundle, "one"]).succeed();
     case.call(["start", "one"]).succeed();
     let stream = UnixStream::connect(&path).expect("connect");
-    stream
-        .set_read_timeout(Some(Duration::from_secs(60)))
-        .expect("timeout");
-    let end = || {
-        stream
-            .shutdown(std::net::Shutdown::Write)
-            .expect("shutdown")
-    };
-    assert_eq!(answer(&stream, end, b"unix"), b"UNIX");
+    assert_eq!(answer(stream, b"unix"), b"UNIX");
     case.delete("one");
 }
 

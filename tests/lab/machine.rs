@@ -15,7 +15,8 @@ use std::process::{Child, Command, Stdio};
 use clap::Args;
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use crate::image::{Flavour, Image, image};
+use crate::flavour::Flavour;
+use crate::image::{Image, image};
 
 /// Debian's QEMU file server (package qemu-system-common).
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";

@@ -6,10 +6,11 @@
 //! read-only at their own paths, so fresh binaries run without copying; `/scratch` is an empty local ext4 disk.
 //!
 //! Several labs may run at once, each with its own state directory (`LAB_STATE`).
-//! Here: the command line. Not here: the image (`image.rs`), the virtual machine (`machine.rs`), the process that
-//! owns it (`owner.rs`), the client of a command (`exec.rs`), what runs inside (`labd.rs`).
+//! Here: the command line. Not here: the image (`image.rs`, `flavour.rs`), the virtual machine (`machine.rs`), the
+//! process that owns it (`owner.rs`), the client of a command (`exec.rs`), what runs inside (`labd.rs`).
 
 mod exec;
+mod flavour;
 mod frame;
 mod image;
 mod machine;
@@ -43,7 +44,7 @@ enum Verb {
     Image {
         /// What is in it.
         #[arg(value_enum, default_value = "base")]
-        flavour: image::Flavour,
+        flavour: flavour::Flavour,
     },
     /// Start the lab, unless it is up.
     Up(machine::Shape),
