@@ -71,13 +71,14 @@ lab: binaries ## Build the lab's program and image
 e2e: build lab ## Run the end-to-end tests on runc and on caisson; ARGS chooses tests
 	LAB="$(if $(HAVE_VM),,$(CURDIR)/$(LAB))" BULK_MIB=$(BULK_MIB) SUDO=$(SUDO) tests/e2e/run $(ARGS)
 
-# Debian's podman and Docker with each runtime in the place of their own; only in the lab, which has an image for it.
+# Debian's podman and Docker with each runtime in the place of their own, and systemd's cgroups, as they come; only in the
+# lab, which has an image for it.
 .PHONY: engines
 engines: build ## Run the tests with podman and Docker, in the lab, on runc and on caisson; ARGS chooses tests
 	cargo test --release -p caisson-tests --test engines --no-run
 	tests/engines/rootfs target/engines/server.tar
 	$(LAB) down
-	$(LAB) up --smp 1 --image engines
+	$(LAB) up --smp 1 --image systemd
 	program=$$(ls -t $(RELEASE)/deps/engines-* | grep -v '\.d$$' | head -n 1); \
 	for runtime in runc caisson; do \
 	  $(LAB) exec -t 2400 -e RUNTIME=$$runtime -e CAISSON_TEST_SERVER_ROOTFS=$(CURDIR)/target/engines/server.tar -- \

@@ -33,6 +33,7 @@ const KEPT_MOUNTS: &[&str] = &[
 
 /// Cgroups that the engines make once.
 const KEPT_CGROUPS: &[&str] = &[
+    "/machine.slice",
     "/libpod_parent",
     "/libpod_parent/conmon",
     "/podman_probe",
@@ -53,9 +54,9 @@ pub(crate) struct Engine {
 /// Which engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// podman, with cgroupfs and the overlay driver.
+    /// podman, with systemd's cgroups and the overlay driver.
     Podman,
-    /// Docker, by way of its daemon, containerd and `containerd-shim-runc-v2`.
+    /// Docker, by way of its daemon, containerd and `containerd-shim-runc-v2`; with systemd's cgroups too.
     Docker,
 }
 
@@ -109,14 +110,7 @@ impl Engine {
         self.calls.set(number + 1);
         let output = self.dir.join(format!("call-{number}"));
         let call = match self.kind {
-            Kind::Podman => Call::new("podman", &output).args([
-                "--root",
-                "/scratch/engines/podman",
-                "--cgroup-manager=cgroupfs",
-                "--events-backend=file",
-                "--runtime",
-                &runtime_path(),
-            ]),
+            Kind::Podman => Call::new("podman", &output),
             Kind::Docker => Call::new("docker", &output),
         };
         call.args(args).limit(LIMIT)
@@ -219,11 +213,15 @@ impl Engine {
     fn prepare(&self) {
         fs::create_dir_all("/etc/caisson").expect("directory");
         fs::write("/etc/caisson/config.toml", case::configuration()).expect("configuration");
-        if self.kind == Kind::Docker {
-            start_docker(&self.dir);
+        match self.kind {
+            Kind::Podman => configure_podman(),
+            Kind::Docker => start_docker(&self.dir),
         }
         let archive = busybox(&self.dir);
-        let import = self.call(["import"]).args([archive.as_path()]);
+        // `kube play` gives a container no search path of its own.
+        let import = self
+            .call(["import", "-c", "ENV PATH=/bin"])
+            .args([archive.as_path()]);
         import.args([IMAGE]).succeed();
     }
 
@@ -311,6 +309,20 @@ fn busybox(dir: &Path) -> PathBuf {
     archive
 }
 
+/// Makes the runtime podman's for good, as the README says, and its storage a real file system.
+fn configure_podman() {
+    let (runtime, path) = (case::runtime(), runtime_path());
+    let engine = format!(
+        "[containers]\nlog_driver = \"k8s-file\"\n[engine]\nruntime = \"{runtime}\"\nruntime_supports_json = [\"crun\", \"runc\", \"caisson\"]\n\
+         events_logger = \"file\"\n[engine.runtimes]\n{runtime} = [\"{path}\"]\n"
+    );
+    let storage = "[storage]\ndriver = \"overlay\"\nrunroot = \"/run/containers/storage\"\n\
+                   graphroot = \"/scratch/engines/podman\"\n";
+    fs::create_dir_all("/etc/containers").expect("directory");
+    fs::write("/etc/containers/containers.conf", engine).expect("containers.conf");
+    fs::write("/etc/containers/storage.conf", storage).expect("storage.conf");
+}
+
 /// Starts Docker's daemon, and returns when it says that it is ready.
 fn start_docker(dir: &Path) {
     let socket = dir.join("notify");
@@ -323,7 +335,6 @@ fn start_docker(dir: &Path) {
         let mut daemon = Command::new("setpriv");
         daemon.args(["--pdeathsig", "KILL", "--", "dockerd"]);
         daemon.args(["--data-root", "/scratch/engines/docker"]);
-        daemon.args(["--exec-opt", "native.cgroupdriver=cgroupfs"]);
         if runtime != "runc" {
             daemon.arg(format!("--add-runtime={runtime}={}", runtime_path()));
         }

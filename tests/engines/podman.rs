@@ -1,11 +1,12 @@
 //! What only podman has.
 
-use caisson_tests::case;
-
-use crate::engine::{Engine, IMAGE};
-
 use std::io::Write;
+use std::path::Path;
 use std::process::Stdio;
+
+use caisson_tests::{Call, case};
+
+use crate::engine::{Engine, IMAGE, LIMIT};
 
 #[test]
 fn secrets_are_files_and_variables() {
@@ -116,23 +117,13 @@ fn build_runs_its_steps_with_the_runtime() {
     engine.ok(["rmi", "built"]);
 }
 
-/// The pod's own cgroup lets no device through in podman 4.3 with cgroupfs, whatever the runtime: it is left out.
-fn make_pod(engine: &Engine, name: &str) {
-    engine.ok([
-        "pod",
-        "create",
-        "--share-parent=false",
-        "--name",
-        name,
-        "-p",
-        "8081:80",
-    ]);
-}
+/// podman's own image of a pod's first container, made with the first pod.
+const PAUSE: &str = "localhost/podman-pause:4.3.1-0";
 
 #[test]
 fn a_pods_containers_share_network_names_and_memory() {
     let engine = Engine::podman();
-    make_pod(&engine, "pod");
+    engine.ok(["pod", "create", "--name", "pod", "-p", "8081:80"]);
     let web = "mkdir -p /w; echo a page > /w/index.html; echo left > /dev/shm/note; httpd -p 80 -h /w; \
                echo ready; exec sleep 1000";
     let in_pod = |name: &str, script: &str| {
@@ -163,7 +154,7 @@ fn a_pods_containers_share_network_names_and_memory() {
     engine.ok(["pod", "start", "pod"]);
     assert_eq!(engine.exec("other", "hostname").text(), "pod\n");
     engine.ok(["pod", "rm", "-f", "-t", "0", "pod"]);
-    engine.ok(["rmi", "-f", "localhost/podman-pause:4.3.1-0"]);
+    engine.ok(["rmi", "-f", PAUSE]);
 }
 
 /// What tells one running kernel from another.
@@ -186,20 +177,62 @@ fn a_generated_unit_starts_and_stops_its_container() {
     let engine = Engine::podman();
     engine.start("unit", [], "echo ready; exec sleep 1000");
     engine.ok(["stop", "-t", "0", "unit"]);
-    // A line that ends with a backslash goes on in the next.
     let unit = engine.ok(["generate", "systemd", "--name", "unit"]);
-    let unit = unit.replace("\\\n", " ");
-    // What systemd would do, by hand, with this test's own global options.
-    let command = |name: &str| {
-        let line = unit.lines().find_map(|line| line.strip_prefix(name));
-        let words: Vec<&str> = line.expect(name).split_whitespace().collect();
-        assert_eq!(words[0], "/usr/bin/podman");
-        engine.call([]).args(&words[1..])
+    let file = Path::new("/run/systemd/system/container-unit.service");
+    // The lab's system is up without what units of a whole system wait for.
+    let unit = unit.replace("[Unit]\n", "[Unit]\nDefaultDependencies=no\n");
+    std::fs::write(file, unit).expect("write");
+    let systemctl = |args: &[&str]| {
+        let call = Call::new("systemctl", &engine.dir().join("systemctl"));
+        call.args(args).limit(LIMIT).succeed();
     };
-    command("ExecStart=").succeed();
+    systemctl(&["daemon-reload"]);
+    systemctl(&["start", "container-unit"]);
     assert_eq!(engine.exec("unit", "cat /proc/1/comm").text(), "sleep\n");
-    command("ExecStop=").succeed();
+    systemctl(&["is-active", "container-unit"]);
+    systemctl(&["stop", "container-unit"]);
+    std::fs::remove_file(file).expect("remove");
+    systemctl(&["daemon-reload"]);
     let status = engine.ok(["inspect", "--format", "{{.State.Status}}", "unit"]);
     assert_eq!(status, "exited");
     engine.remove("unit");
+}
+
+#[test]
+fn kube_play_runs_a_pod_and_kube_down_ends_it() {
+    let engine = Engine::podman();
+    let pod = format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{name: played}}
+spec:
+  containers:
+  - name: web
+    image: {IMAGE}
+    command: [sh, -c, "mkdir /w; cat /etc/note/text > /w/index.html; exec httpd -f -p 80 -h /w"]
+    ports: [{{containerPort: 80, hostPort: 8082}}]
+    volumeMounts: [{{name: note, mountPath: /etc/note}}]
+    resources: {{limits: {{memory: 64Mi}}}}
+  - name: side
+    image: {IMAGE}
+    command: [sh, -c, "until wget -qO- http://localhost/; do sleep 1; done; {BOOT_ID}; echo ready; exec sleep 1000"]
+  volumes: [{{name: note, hostPath: {{path: {dir}/note}}}}]
+"#,
+        dir = engine.dir().display(),
+    );
+    let file = engine.dir().join("pod.yaml");
+    let note = engine.dir().join("note");
+    std::fs::create_dir(&note).expect("directory");
+    std::fs::write(note.join("text"), "a page\n").expect("write");
+    std::fs::write(&file, pod).expect("write");
+    engine.call(["kube", "play"]).args([&file]).succeed();
+    engine.wait_for("played-side", "ready");
+    let logs = engine.ok(["logs", "played-side"]);
+    let web = engine.exec("played-web", BOOT_ID);
+    assert_eq!(logs, format!("a page\n{}ready", web.text()));
+    assert_eq!(crate::http::Server::at(8082).get("/"), "a page\n");
+    engine.call(["kube", "down"]).args([&file]).succeed();
+    assert_eq!(engine.ok(["ps", "-aq"]), "");
+    engine.ok(["rmi", "-f", PAUSE]);
 }

@@ -9,7 +9,7 @@ pub(crate) enum Flavour {
     Base,
     /// And container engines: podman, Docker, buildah.
     Engines,
-    /// And systemd as the first process, with a system bus; podman.
+    /// And systemd as the first process, with a system bus.
     Systemd,
 }
 
@@ -25,19 +25,19 @@ impl Flavour {
 
     /// What it consists of, besides what these depend on.
     pub(crate) fn packages(self) -> impl Iterator<Item = &'static &'static str> {
-        let more: &[&str] = match self {
-            Self::Base => &[],
-            Self::Engines => ENGINES,
-            Self::Systemd => SYSTEMD,
+        let more: [&[&str]; 2] = match self {
+            Self::Base => [&[], &[]],
+            Self::Engines => [ENGINES, &[]],
+            Self::Systemd => [ENGINES, SYSTEMD],
         };
-        PACKAGES.iter().chain(more)
+        PACKAGES.iter().chain(more.into_iter().flatten())
     }
 
     /// Links that maintainer scripts would have made, in `/usr`: name, target.
     pub(crate) const fn links(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Base | Self::Systemd => &[],
-            Self::Engines => ENGINE_LINKS,
+            Self::Base => &[],
+            Self::Engines | Self::Systemd => ENGINE_LINKS,
         }
     }
 
@@ -111,8 +111,8 @@ const ENGINES: &[&str] = &[
     "tini",
 ];
 
-/// The init system of most hosts, and an engine that leaves cgroups to it.
-const SYSTEMD: &[&str] = &["conmon", "dbus", "podman", "systemd"];
+/// The init system of most hosts, to which engines leave their cgroups.
+const SYSTEMD: &[&str] = &["dbus", "systemd"];
 
 /// Where it is; other images do without.
 const SYSTEMD_PARTS: &[&str] = &["./usr/lib/systemd", "./lib/systemd"];
