@@ -180,8 +180,11 @@ fn become_process(
     if let Some(container) = plan.container.take() {
         set_up(&plan, &container, sources, control)?;
         plan.container = Some(container);
-    } else if plan.process.terminal {
-        console::set_up(plan.process.console_size, false, control)?;
+    } else {
+        finish::set_affinity(&plan.process.affinity.after, "final")?;
+        if plan.process.terminal {
+            console::set_up(plan.process.console_size, false, control)?;
+        }
     }
     finish::limits(&plan.process)?;
     if plan.process.no_new_privileges {

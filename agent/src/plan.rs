@@ -269,7 +269,6 @@ pub fn container(spec: &Spec, bundle: &str) -> Result<ContainerPlan, PlanError> 
 fn refuse_host_hardware(linux: &Linux) -> Result<(), PlanError> {
     let asked = [
         ("linux.intelRdt", linux.intel_rdt().is_some()),
-        ("linux.memoryPolicy", linux.memory_policy().is_some()),
         (
             "linux.netDevices",
             linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()),
@@ -408,7 +407,6 @@ mod tests {
     fn what_is_the_hosts_hardware_is_refused_by_name() {
         for (field, value) in [
             ("intelRdt", r#"{"closID":"x"}"#),
-            ("memoryPolicy", r#"{"mode":"MPOL_BIND","nodes":"0"}"#),
             ("netDevices", r#"{"eth0":{}}"#),
         ] {
             let json = format!(

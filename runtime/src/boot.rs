@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_vmm_spec::MemoryPolicy;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
 use crate::{
@@ -62,6 +63,8 @@ pub struct Boot<'a> {
     pub vm: Option<&'a VmSection>,
     /// Its size.
     pub size: VmSize,
+    /// From which nodes of the host its memory comes.
+    pub memory_policy: Option<MemoryPolicy>,
     /// What the guest will see of the host's files.
     pub share: &'a Share,
     /// Where the VMM begins its life. `None`: where its parent is.
@@ -80,6 +83,7 @@ impl Boot<'_> {
             config,
             vm,
             size,
+            memory_policy,
             share,
             cgroup,
             networks,
@@ -101,6 +105,7 @@ impl Boot<'_> {
             vcpus: size.vcpus,
             memory: size.memory,
             huge_pages: config.huge_pages,
+            memory_policy,
             boot_deadline: Duration::from_millis(config.boot_timeout_ms),
             share: share.root()?,
             networks,

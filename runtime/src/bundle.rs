@@ -12,11 +12,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_vmm_spec::MemoryPolicy;
 use oci_spec::runtime::Spec;
 
 pub use vm::VmSection;
 
-use crate::config::Config;
+use crate::{config::Config, memory_policy};
 
 /// The newest version of the OCI runtime specification that this runtime knows.
 pub const OCI_VERSION: &str = "1.3.0";
@@ -129,6 +130,12 @@ impl Bundle {
         rules::network_path(&self.spec)
     }
 
+    /// From which of the host's nodes the virtual machine's memory is to come.
+    pub fn memory_policy(&self) -> Option<MemoryPolicy> {
+        // One that makes no sense was refused when the bundle was loaded.
+        memory_policy::of(&self.spec).ok().flatten()
+    }
+
     /// Loads and checks the bundle in a directory.
     pub fn load(path: &Path, config: &Config) -> Result<Self, BundleError> {
         let bundle = Self::read(path, config, Place::Alone)?;
@@ -177,6 +184,11 @@ impl Bundle {
     pub fn check_alone(&self) -> Result<(), BundleError> {
         rules::alone(&self.spec)?;
         network(&self.spec)
+    }
+
+    /// The rules that [`Bundle::load`] has not, for a container that joins a virtual machine which runs already.
+    pub fn check_joining(&self) -> Result<(), BundleError> {
+        rules::joining(&self.spec)
     }
 
     /// Checks that caller and container agree on the terminal, in runc's words.

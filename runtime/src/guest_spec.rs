@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use caisson_agent_api::{NOTIFY_DIRECTORY, NOTIFY_SOCKET, SHARE_MOUNT};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Root, Spec};
 
+use crate::id_mapping::{self, IdMapping};
+
 /// A bind mount whose source is a path of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
@@ -25,6 +27,8 @@ pub struct Bind {
     pub read_only: bool,
     /// What the host mounts below the source later appears in the guest.
     pub follows_host: bool,
+    /// Its files' owners, if they are others on this mount.
+    pub identities: Option<IdMapping>,
 }
 
 /// What the host has to provide for a container.
@@ -45,7 +49,7 @@ pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
     let host = HostFiles {
         rootfs: bundle.join(root.path()),
         rootfs_read_only: root.readonly().unwrap_or(false),
-        binds: binds(bundle, spec.mounts().as_deref().unwrap_or_default()),
+        binds: binds(bundle, &spec),
     };
     let mut guest_root = Root::default();
     guest_root
@@ -59,11 +63,13 @@ pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
             .and_then(|all| all.get_mut(bind.index))
         {
             mount.set_source(Some(in_guest.join("mounts").join(bind.index.to_string())));
+            id_mapping::remove(mount);
         }
     }
     if let Some(linux) = spec.linux_mut() {
         linux.set_cgroups_path(None);
         linux.set_net_devices(None);
+        linux.set_memory_policy(None);
         for namespace in linux.namespaces_mut().iter_mut().flatten() {
             namespace.set_path(None);
         }
@@ -161,7 +167,7 @@ fn has_option(mount: &Mount, wanted: &str) -> bool {
         .any(|option| option == wanted)
 }
 
-fn binds(bundle: &Path, mounts: &[Mount]) -> Vec<Bind> {
+fn binds(bundle: &Path, spec: &Spec) -> Vec<Bind> {
     let bind = |(index, mount): (usize, &Mount)| Bind {
         index,
         // As runc: relative to the bundle. An absolute source replaces the bundle's path.
@@ -171,9 +177,12 @@ fn binds(bundle: &Path, mounts: &[Mount]) -> Vec<Bind> {
         follows_host: ["shared", "rshared", "slave", "rslave"]
             .iter()
             .any(|propagation| has_option(mount, propagation)),
+        // One that makes no sense was refused with the bundle.
+        identities: id_mapping::of(mount, spec).ok().flatten(),
     };
-    mounts
+    spec.mounts()
         .iter()
+        .flatten()
         .enumerate()
         .filter(|(_, mount)| is_bind(mount))
         .map(bind)
@@ -276,6 +285,7 @@ mod tests {
             recursive,
             read_only,
             follows_host,
+            identities: None,
         };
         assert_eq!(
             host.binds,

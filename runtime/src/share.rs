@@ -16,12 +16,12 @@
 
 #![allow(
     unsafe_code,
-    reason = "unshare(2) is unsafe in rustix because it can unshare descriptors"
+    reason = "unshare(2) is unsafe in rustix because it can unshare descriptors; mount_setattr(2) is not in rustix"
 )]
 
 use std::{
     fs, io,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -34,7 +34,10 @@ use rustix::{
     thread::{LinkNameSpaceType, UnshareFlags},
 };
 
-use crate::guest_spec::{Bind, HostFiles};
+use crate::{
+    guest_spec::{Bind, HostFiles},
+    spawn,
+};
 
 /// Why something cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -52,9 +55,29 @@ pub enum ShareError {
     /// The namespace could not be made.
     #[error("make a mount namespace for the sandbox")]
     Namespace(#[source] io::Error),
+    /// The mapping is none that the kernel takes.
+    #[error("make the user namespace of an id-mapped mount")]
+    UserNamespace(#[source] io::Error),
+    /// The file system cannot do it.
+    #[error("failed to set MOUNT_ATTR_IDMAP on {path}{}", hint(source), path = path.display())]
+    Owners {
+        /// The source of the mount.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The other kind of namespace.
     #[error("make a PID namespace")]
     Pids(#[source] io::Error),
+}
+
+/// What the kernel means by it, in runc's words.
+fn hint(error: &io::Error) -> &'static str {
+    if error.raw_os_error() == Some(libc::EINVAL) {
+        " (maybe the filesystem used doesn't support idmap mounts on this kernel?)"
+    } else {
+        ""
+    }
 }
 
 /// Moves this process into a mount namespace of its own, which still receives what the host mounts later.
@@ -129,7 +152,7 @@ impl Trees {
         let bind = |bind: &Bind| {
             let source = &bind.source;
             let is_dir = at("find the mount source", source, fs::metadata(source))?.is_dir();
-            Ok((clone(source, bind.recursive)?, is_dir))
+            Ok((tree(bind)?, is_dir))
         };
         Ok(Self {
             rootfs: clone(&files.rootfs, true)?,
@@ -306,8 +329,14 @@ fn add_bind(mounts: &Path, bind_mount: &Bind) -> Result<(), ShareError> {
     let target = mounts.join(bind_mount.index.to_string());
     let is_dir = at("find the mount source", source, fs::metadata(source))?.is_dir();
     make_mount_point(&target, is_dir)?;
-    bind(source, &target, bind_mount.recursive)?;
-    if !bind_mount.follows_host {
+    if bind_mount.identities.is_some() {
+        attach(&tree(bind_mount)?, &target)?;
+    } else {
+        bind(source, &target, bind_mount.recursive)?;
+    }
+    if bind_mount.follows_host {
+        follow_host(&target)?;
+    } else {
         detach_from_host(&target)?;
     }
     if bind_mount.read_only {
@@ -332,6 +361,47 @@ fn make_mount_point(target: &Path, is_dir: bool) -> Result<(), ShareError> {
         fs::write(target, b"")
     };
     at("make the mount point", target, made)
+}
+
+/// A bind mount that is nowhere yet, with the owners that it is to show.
+fn tree(bind: &Bind) -> Result<OwnedFd, ShareError> {
+    let tree = clone(&bind.source, bind.recursive)?;
+    if let Some(mapping) = &bind.identities {
+        let namespace = spawn::user_namespace(&mapping.users, &mapping.groups)
+            .map_err(ShareError::UserNamespace)?;
+        map_owners(&tree, &namespace, mapping.recursive).map_err(|source| ShareError::Owners {
+            path: bind.source.clone(),
+            source,
+        })?;
+    }
+    Ok(tree)
+}
+
+/// mount_setattr(2), which is for mounts that nobody has seen yet.
+fn map_owners(tree: &OwnedFd, namespace: &OwnedFd, recursive: bool) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(namespace.as_raw_fd()).unwrap_or(u64::MAX),
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a literal C string and `attributes` is a mount_attr of the size given; both outlive the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 fn clone(path: &Path, recursive: bool) -> Result<OwnedFd, ShareError> {
@@ -416,6 +486,7 @@ mod tests {
             recursive: true,
             read_only: false,
             follows_host: false,
+            identities: None,
         };
         let error = add_bind(dir.path(), &bind).unwrap_err();
         assert_eq!(

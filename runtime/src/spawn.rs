@@ -105,7 +105,7 @@ fn start(
         .collect();
     let (failure, low) = pipe_with(PipeFlags::CLOEXEC)?;
     let tell = above(&low)?;
-    let started = clone_into(cgroup)?;
+    let started = clone_into(cgroup, 0)?;
     let Some((pid, process)) = started else {
         become_program(&path, [&argv, &envp], &plan, tell.as_raw_fd(), owner)
     };
@@ -177,12 +177,43 @@ fn above(file: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(file, ABOVE_TARGETS)?)
 }
 
-/// fork, into a cgroup: `None` in the child, pid and process descriptor in the parent.
-fn clone_into(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Option<(u32, OwnedFd)>> {
+/// A user namespace with these identities, lines for `/proc/PID/uid_map` and `gid_map`. It lasts as long as the descriptor.
+pub(crate) fn user_namespace(users: &str, groups: &str) -> io::Result<OwnedFd> {
+    let owner = rustix::process::getpid().as_raw_pid();
+    let Some((pid, process)) = clone_into(None, libc::CLONE_NEWUSER)? else {
+        wait_for_the_end(owner)
+    };
+    // Killed and reaped when this value goes.
+    let child = Child {
+        pid,
+        process,
+        ended: None,
+    };
+    let proc = Path::new("/proc").join(child.pid().to_string());
+    std::fs::write(proc.join("uid_map"), users)?;
+    std::fs::write(proc.join("gid_map"), groups)?;
+    Ok(File::open(proc.join("ns/user"))?.into())
+}
+
+/// A child whose namespace is all that is wanted of it.
+fn wait_for_the_end(owner: i32) -> ! {
+    while bind(owner) {
+        // SAFETY: takes nothing; ends with a signal.
+        unsafe { libc::pause() };
+    }
+    // SAFETY: ends this process at once, without running anything of its parent's.
+    unsafe { libc::_exit(127) }
+}
+
+/// fork, into a cgroup and with `CLONE_NEW*` flags: `None` in the child, pid and process descriptor in the parent.
+fn clone_into(
+    cgroup: Option<BorrowedFd<'_>>,
+    namespaces: libc::c_int,
+) -> io::Result<Option<(u32, OwnedFd)>> {
     let mut process: i32 = -1;
     // SAFETY: all zeroes is a valid clone_args: plain numbers, of which zero means "none".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = as_u64(libc::CLONE_PIDFD);
+    args.flags = as_u64(libc::CLONE_PIDFD | namespaces);
     args.pidfd = ptr::from_mut(&mut process).expose_provenance() as u64;
     args.exit_signal = as_u64(libc::SIGCHLD);
     if let Some(cgroup) = cgroup {

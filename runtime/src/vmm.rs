@@ -17,7 +17,8 @@ use std::{
 
 use caisson_agent_api::SHARE_TAG;
 use caisson_vmm_spec::{
-    Cause, Event, Fd, MemorySpec, MiB, NetworkSpec, Request, SPEC_FD, ShareSpec, VmSpec,
+    Cause, Event, Fd, MemoryPolicy, MemorySpec, MiB, NetworkSpec, Request, SPEC_FD, ShareSpec,
+    VmSpec,
 };
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags},
@@ -54,6 +55,8 @@ pub struct Machine<'a> {
     pub memory: MiB,
     /// Ask for huge pages.
     pub huge_pages: bool,
+    /// From which nodes of the host guest memory comes.
+    pub memory_policy: Option<MemoryPolicy>,
     /// How long the agent may take to dial; zero: for ever.
     pub boot_deadline: Duration,
     /// The shared directory.
@@ -149,6 +152,7 @@ impl Vmm {
             memory: MemorySpec {
                 size: machine.memory,
                 huge_pages: machine.huge_pages,
+                policy: machine.memory_policy,
             },
             boot_deadline_ms: u64::try_from(machine.boot_deadline.as_millis()).unwrap_or(u64::MAX),
             shares: vec![ShareSpec {

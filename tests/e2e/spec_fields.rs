@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use caisson_tests::mount::Tmpfs;
-use caisson_tests::{Bundle, Case};
+use caisson_tests::{Bundle, Case, case};
 use serde_json::{Value, json};
 
 const TOO_NEW: &str = "runc 1.1 does not know these fields";
@@ -376,8 +376,8 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
     let Some(case) = Case::begin_with_vm("runc can, or does not know them") else {
         return;
     };
-    let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
-    let idmapped = json!([{"destination": "/m", "type": "bind", "source": "/etc", "options": ["bind"], "uidMappings": mapping, "gidMappings": mapping}]);
+    let idmapped =
+        json!([{"destination": "/m", "type": "tmpfs", "source": "m", "options": ["idmap"]}]);
     let notify = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/listener",
         "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]});
     let net = json!([{"type": "network"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]);
@@ -394,18 +394,6 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
             json!({"eth0": {}}),
             "linux.netDevices",
         ),
-        (
-            "/linux",
-            "memoryPolicy",
-            json!({"mode": "MPOL_BIND", "nodes": "0"}),
-            "linux.memoryPolicy",
-        ),
-        (
-            "/process",
-            "execCPUAffinity",
-            json!({"initial": "0"}),
-            "process.execCPUAffinity",
-        ),
         ("/linux", "namespaces", net, "a path for the ipc namespace"),
         (
             "/linux/resources",
@@ -414,13 +402,191 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
             "linux.resources.rdma",
         ),
         ("/linux", "seccomp", notify, "SCMP_ACT_NOTIFY"),
-        ("", "mounts", idmapped, "id-mapped mount"),
+        ("", "mounts", idmapped, "id-mapped mounts"),
     ] {
         let bundle = case.bundle_in(words.rsplit(['.', ' ']).next().unwrap_or(words));
         let bundle = bundle.edit(|spec| spec.pointer_mut(pointer).expect(pointer)[field] = value);
         let outcome = case.run(&bundle);
         outcome.is_refusal(words);
-        outcome.is_refusal("not supported");
+        assert!(outcome.stderr.contains("supported"), "{outcome:?}");
         case.nothing_is_left();
     }
+}
+
+/// Mappings of users and groups alike: the owner on the file system, the owner on the mount.
+fn map(spec: &mut Value, owners: &[(u32, u32)]) {
+    let mappings = owners
+        .iter()
+        .map(|(from, to)| json!({"containerID": from, "hostID": to, "size": 1}));
+    let mappings: Vec<_> = mappings.collect();
+    let mount = spec["mounts"].as_array_mut().and_then(|all| all.last_mut());
+    let mount = mount.expect("a mount");
+    mount["uidMappings"] = json!(mappings);
+    mount["gidMappings"] = json!(mappings);
+}
+
+fn owners(path: &std::path::Path) -> (u32, u32) {
+    let meta = fs::symlink_metadata(path).expect("stat");
+    (meta.uid(), meta.gid())
+}
+
+/// A directory with a file of user 1000's, and below it a mount with one of user 1001's.
+fn directory_with_mount(case: &Case) -> (std::path::PathBuf, Tmpfs) {
+    let source = case.dir().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    let inner = Tmpfs::mount(&source.join("inner"));
+    for (name, owner) in [("outer-file", 1000), ("inner/inner-file", 1001)] {
+        fs::write(source.join(name), "").expect("write");
+        let path = source.join(name);
+        std::os::unix::fs::chown(path, Some(owner), Some(owner)).expect("chown");
+    }
+    fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o777))
+        .expect("chmod");
+    (source, inner)
+}
+
+#[test]
+fn an_id_mapped_mount_shows_and_makes_files_under_other_owners() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let (source, inner) = directory_with_mount(&case);
+    let source_text = source.to_str().expect("text");
+    let script = "stat -c %u:%g /m/outer-file /m/inner/inner-file; touch /m/by-root; \
+                  mkdir /m/dir; chown 2001:2001 /m/dir; stat -c %u:%g /m/by-root /m/dir; \
+                  touch /m/foreign; chown 7:7 /m/foreign || echo no; rm -f /m/foreign";
+    for (option, inner_owner) in [("idmap", "1001:1001"), ("ridmap", "2001:2001")] {
+        let bundle = case
+            .bundle_in(option)
+            .mount(source_text, "/m", &["rbind", option]);
+        let bundle = bundle
+            .privileged_files()
+            .script(script)
+            .edit(|spec| map(spec, &[(0, 0), (1000, 2000), (1001, 2001)]));
+        let outcome = case.run(&bundle);
+        assert_eq!(
+            outcome.text(),
+            format!("2000:2000\n{inner_owner}\n0:0\n2001:2001\nno\n"),
+            "{option}: {outcome:?}"
+        );
+        assert_eq!(owners(&source.join("by-root")), (0, 0));
+        assert_eq!(owners(&source.join("dir")), (1001, 1001));
+        fs::remove_file(source.join("by-root")).expect("remove");
+        fs::remove_dir(source.join("dir")).expect("remove");
+    }
+    drop(inner);
+}
+
+#[test]
+fn an_id_mapped_mount_without_mappings_has_those_of_the_user_namespace() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let source = case.dir().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("theirs"), "").expect("write");
+    let bundle = case
+        .bundle()
+        .script("stat -c %u:%g /m /m/theirs; touch /m/mine; stat -c %u:%g /m/mine")
+        .mount(source.to_str().expect("text"), "/m", &["bind", "idmap"])
+        .edit(|spec| {
+            let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+            spec["linux"]["uidMappings"] = mappings.clone();
+            spec["linux"]["gidMappings"] = mappings;
+            with_namespace(spec, "user");
+        });
+    let own = case.program("chown").args(["-R", "100000:100000"]);
+    own.args([bundle.rootfs("")]).succeed();
+    let outcome = case.run(&bundle);
+    assert_eq!(outcome.text(), "0:0\n0:0\n0:0\n", "{outcome:?}");
+    assert_eq!(owners(&source.join("mine")), (0, 0));
+}
+
+#[test]
+fn a_file_system_without_id_mapped_mounts_is_named() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let bundle = case.bundle().mount("/sys/class", "/m", &["bind", "idmap"]);
+    let bundle = bundle.edit(|spec| map(spec, &[(0, 5)]));
+    case.run(&bundle)
+        .is_refusal("failed to set MOUNT_ATTR_IDMAP on /sys/class");
+    case.nothing_is_left();
+}
+
+#[test]
+fn further_processes_run_on_the_processors_of_the_guest_that_are_named() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    // A machine has no more processors than its host.
+    let last = if std::thread::available_parallelism().is_ok_and(|all| all.get() > 1) {
+        1
+    } else {
+        0
+    };
+    let all = if last == 0 { "0" } else { "0-1" };
+    let bundle = case.bundle().args(["sleep", "1000"]).edit(|spec| {
+        spec["process"]["execCPUAffinity"] = json!({"initial": "0", "final": last.to_string()});
+        spec["linux"]["resources"]["cpu"] = json!({"quota": 200_000, "period": 100_000});
+    });
+    case.start(&bundle, "one");
+    let mine = "grep Cpus_allowed_list /proc/self/status";
+    let line = |processors: &str| format!("Cpus_allowed_list:\t{processors}\n");
+    assert_eq!(case.exec("one", mine).text(), line(&last.to_string()));
+    // It is not for the container's first process.
+    let first = case.exec("one", "grep Cpus_allowed_list /proc/1/status");
+    assert_eq!(first.text(), line(all));
+    let with = |affinity: Value| {
+        let file = case.dir().join("process.json");
+        let process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"],
+            "args": ["sh", "-c", mine], "execCPUAffinity": affinity});
+        fs::write(&file, process.to_string()).expect("write");
+        let file = file.to_str().expect("text");
+        case.call(["exec", "--process", file, "one"]).finish()
+    };
+    assert_eq!(with(json!({"initial": "0"})).text(), line("0"));
+    assert_eq!(with(json!({"final": "0-1"})).text(), line(all));
+    for (affinity, words) in [
+        (
+            json!({"initial": "7"}),
+            "error setting initial CPU affinity",
+        ),
+        (json!({"final": "7,9"}), "error setting final CPU affinity"),
+        (json!({"final": "1-0"}), "execCPUAffinity"),
+    ] {
+        let outcome = with(affinity);
+        assert_ne!(outcome.status, 0, "{outcome:?}");
+        assert!(outcome.stderr.contains(words), "{outcome:?}");
+    }
+    case.delete("one");
+}
+
+#[test]
+fn a_memory_policy_is_that_of_the_machines_memory() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let with = |name: &str, policy: Value| {
+        let bundle = case.bundle_in(name).args(["sleep", "1000"]);
+        bundle.edit(|spec| spec["linux"]["memoryPolicy"] = policy)
+    };
+    let policy = json!({"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]});
+    case.start(&with("bind", policy), "one");
+    let machine = &case::processes_named("caisson-vmm")[0];
+    let maps = fs::read_to_string(format!("/proc/{}/numa_maps", machine.pid)).expect("numa_maps");
+    // Guest memory: by far the largest there is.
+    let pages = |line: &str| -> u64 {
+        let field = line.split(' ').find_map(|word| word.strip_prefix("anon="));
+        field.and_then(|number| number.parse().ok()).unwrap_or(0)
+    };
+    let memory = maps.lines().max_by_key(|line| pages(line)).expect("a line");
+    assert!(memory.contains(" bind=static:0 "), "{memory}");
+    case.delete("one");
+    let nowhere = with("nowhere", json!({"mode": "MPOL_BIND", "nodes": "76-77"}));
+    let outcome = case.run(&nowhere);
+    outcome.is_refusal("error setting memory policy");
+    case.nothing_is_left();
+    let outcome = case.run(&with("odd", json!({"mode": "MPOL_BIND", "nodes": "3-1"})));
+    outcome.is_refusal("linux.memoryPolicy: invalid range: 3-1");
 }

@@ -51,6 +51,7 @@ fn main() -> Result<ExitCode> {
         memory: MemorySpec {
             size: MiB(option("mem=").map_or(Ok(256), str::parse)?),
             huge_pages: option("huge=") != Some("0"),
+            policy: None,
         },
         boot_deadline_ms: option("deadline=").map_or(Ok(0), str::parse)?,
         shares: Vec::new(),

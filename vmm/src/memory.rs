@@ -4,13 +4,13 @@
 //! fit there from 4 GiB up. The mapping lives as long as any clone of [`Mem`], and never moves or shrinks: code may
 //! keep host pointers into it as long as it keeps a [`Mem`]. With huge pages, host and guest addresses agree modulo 2 MiB,
 //! else KVM could not map a huge page as one.
-#![allow(unsafe_code, reason = "mmap and madvise")]
+#![allow(unsafe_code, reason = "mmap, madvise and set_mempolicy")]
 
 use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use caisson_vmm_spec::MemorySpec;
+use caisson_vmm_spec::{MemoryPolicy, MemorySpec};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
@@ -45,6 +45,12 @@ pub enum MemoryError {
         /// The cause.
         source: io::Error,
     },
+    /// The host refused the policy: a node that it does not have, or a contradiction.
+    #[error("error setting memory policy")]
+    Policy(#[source] io::Error),
+    /// A node that no host has.
+    #[error("memory policy: nodes are 0 to 1023")]
+    Node,
     /// A mapping cannot be described as a region.
     #[error("describe guest memory")]
     Region(#[source] MmapRegionError),
@@ -53,7 +59,34 @@ pub enum MemoryError {
     Layout(#[source] GuestRegionCollectionError),
 }
 
-/// Memory for a guest of that size.
+/// As many nodes as a policy can name (`MemoryPolicy::nodes`).
+const NODES: usize = 1024;
+const WORD: usize = u64::BITS as usize;
+
+/// Has this thread, and all that it makes from here on, take memory as the policy says (set_mempolicy(2)).
+fn follow(policy: &MemoryPolicy) -> Result<(), MemoryError> {
+    let mut mask = [0_u64; NODES / WORD];
+    for node in &policy.nodes {
+        let node = usize::try_from(*node).unwrap_or(NODES);
+        let word = mask.get_mut(node / WORD).ok_or(MemoryError::Node)?;
+        *word |= 1 << (node % WORD);
+    }
+    // The kernel reads one bit less than it is told.
+    let (pointer, bits) = if policy.nodes.is_empty() {
+        (ptr::null(), 0)
+    } else {
+        (mask.as_ptr(), NODES + 1)
+    };
+    // SAFETY: the kernel reads at most NODES bits of the mask, which is alive and that long; null with 0 bits is no mask.
+    let done = unsafe { libc::syscall(libc::SYS_set_mempolicy, policy.mode, pointer, bits) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(MemoryError::Policy(io::Error::last_os_error()))
+    }
+}
+
+/// Memory for a guest of that size. With a policy it is this thread's from here on, and of the threads that it makes.
 ///
 /// # Errors
 /// [`MemoryError`].
@@ -62,6 +95,7 @@ pub fn map(spec: &MemorySpec) -> Result<Mem, MemoryError> {
     if bytes < MIN_BYTES {
         return Err(MemoryError::Size { mib: bytes >> 20 });
     }
+    spec.policy.as_ref().map_or(Ok(()), follow)?;
     let regions = layout(bytes)
         .into_iter()
         .map(|(start, len)| map_range(start, len, spec.huge_pages))
@@ -125,6 +159,7 @@ mod tests {
         let mem = map(&MemorySpec {
             size: MiB(64),
             huge_pages: true,
+            policy: None,
         })
         .unwrap();
         let last = GuestAddress((64 << 20) - 8);
@@ -141,6 +176,7 @@ mod tests {
         let spec = MemorySpec {
             size: MiB(63),
             huge_pages: false,
+            policy: None,
         };
         assert!(matches!(map(&spec), Err(MemoryError::Size { mib: 63 })));
     }

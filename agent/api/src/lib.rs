@@ -18,6 +18,7 @@ mod generated {
 }
 
 pub mod netlink;
+pub mod number_list;
 
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};

@@ -46,6 +46,10 @@ pub(super) fn enter(
         let write = fs::write("/proc/self/oom_score_adj", score.to_string());
         write.step(|| "write oom_score_adj".to_owned())?;
     }
+    if plan.container.is_none() {
+        // The second process is born with it.
+        super::finish::set_affinity(&plan.process.affinity.before, "initial")?;
+    }
     let namespaces = &plan.namespaces;
     super::finish::raise_hard_limits(&plan.process)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

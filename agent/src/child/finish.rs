@@ -11,9 +11,10 @@ use rustix::fs::{FileType, Gid, Mode, Uid, fchown, fstat};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set,
-    configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
-    set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    CapabilitySet, CapabilitySets, CpuSet, clear_ambient_capability_set,
+    configure_capability_in_ambient_set, remove_capability_from_bounding_set, sched_setaffinity,
+    set_capabilities, set_keep_capabilities, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
 };
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
@@ -282,6 +283,19 @@ pub(super) fn execute(program: &CStr, args: &[String], env: &[CString]) -> Child
             source: io::ErrorKind::InvalidInput.into(),
         },
     }
+}
+
+/// Has this process run on the given processors alone; on any if none is given. `when` is runc's word.
+pub(super) fn set_affinity(processors: &[u32], when: &str) -> Result<(), ChildError> {
+    if processors.is_empty() {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    for number in processors {
+        // Below the set's size, as the plan says (`number_list::LIMIT`).
+        set.set(usize::try_from(*number).unwrap_or(0));
+    }
+    sched_setaffinity(None, &set).step(|| format!("error setting {when} CPU affinity"))
 }
 
 #[cfg(test)]

@@ -176,6 +176,7 @@ fn effect(option: &str) -> Option<Effect> {
         "rnosymfollow" => Recursive(a::NOSYMFOLLOW, 0),
         "rsymfollow" => Recursive(0, a::NOSYMFOLLOW),
         "tmpcopyup" => CopyUp,
+        // The host does that, on the mount that it shares.
         "idmap" | "ridmap" => Refused,
         _ => return None,
     })

@@ -5,7 +5,7 @@
 
 use super::PlanError;
 use crate::sys::SchedAttributes;
-use caisson_agent_api::is_engines_apparmor_profile;
+use caisson_agent_api::{is_engines_apparmor_profile, number_list};
 use oci_spec::runtime::{
     Capabilities, IOPriorityClass, LinuxPersonality, LinuxPersonalityDomain, LinuxSchedulerFlag,
     LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
@@ -49,8 +49,19 @@ pub struct ProcessPlan {
     pub scheduler: Option<SchedAttributes>,
     /// For ioprio_set(2).
     pub io_priority: Option<u32>,
+    /// The guest's processors that a further process of a container runs on; not for its first.
+    pub affinity: AffinityPlan,
     /// Number of further descriptors, from 3 upwards.
     pub preserved: u32,
+}
+
+/// Processors by number (`process.execCPUAffinity`); empty: left as it is.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AffinityPlan {
+    /// Before the process is in the container's cgroup.
+    pub before: Vec<u32>,
+    /// In it.
+    pub after: Vec<u32>,
 }
 
 /// Capability sets as bits (capabilities(7)).
@@ -127,11 +138,6 @@ pub fn plan(
         });
     }
     refuse_labels(process)?;
-    if process.exec_cpu_affinity().is_some() {
-        // The numbers are the host's; the guest's CPUs have others.
-        let feature = "process.execCPUAffinity in a guest".to_owned();
-        return Err(PlanError::Unsupported { feature });
-    }
     let sets = process.capabilities().as_ref();
     let user = process.user();
     Ok(ProcessPlan {
@@ -179,7 +185,25 @@ pub fn plan(
                     })
             })
             .transpose()?,
+        affinity: affinity(process)?,
         preserved,
+    })
+}
+
+fn affinity(process: &Process) -> Result<AffinityPlan, PlanError> {
+    let Some(given) = process.exec_cpu_affinity() else {
+        return Ok(AffinityPlan::default());
+    };
+    let numbers = |text: &Option<String>, field| match text.as_deref() {
+        None | Some("") => Ok(Vec::new()),
+        Some(text) => number_list::parse(text).map_err(|error| PlanError::Invalid {
+            field,
+            value: error.to_string(),
+        }),
+    };
+    Ok(AffinityPlan {
+        before: numbers(given.initial(), "process.execCPUAffinity.initial")?,
+        after: numbers(given.cpu_affinity_final(), "process.execCPUAffinity.final")?,
     })
 }
 
@@ -308,6 +332,20 @@ mod tests {
         assert_eq!(sets.effective, 1 << 21);
         assert_eq!((sets.permitted, sets.inheritable, sets.ambient), (0, 0, 0));
         assert!(run("").unwrap().capabilities.is_none());
+    }
+
+    #[test]
+    fn processors_are_numbers_and_ranges() {
+        let plan = run(r#","execCPUAffinity":{"initial":"0-2,7"}"#).unwrap();
+        assert_eq!(plan.affinity.before, [0, 1, 2, 7]);
+        assert!(plan.affinity.after.is_empty());
+        let error = run(r#","execCPUAffinity":{"final":"2-1"}"#).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("process.execCPUAffinity.final: ")
+        );
+        assert_eq!(run("").unwrap().affinity, AffinityPlan::default());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec
 
 use super::{BundleError, Caller, OCI_VERSION, Place, VmSection};
 use crate::config::Config;
+use crate::{id_mapping, memory_policy};
 
 /// All rules, in the order in which a person would read the file.
 pub(super) fn check(
@@ -171,12 +172,6 @@ fn process(process: Option<&Process>) -> Result<(), BundleError> {
     if !process.cwd().is_absolute() {
         return Err(invalid("Cwd must be an absolute path"));
     }
-    if process.exec_cpu_affinity().is_some() {
-        return Err(unsupported(
-            "process.execCPUAffinity",
-            "host CPUs are not visible in a guest",
-        ));
-    }
     Ok(())
 }
 
@@ -187,6 +182,8 @@ fn mounts(spec: &Spec) -> Result<(), BundleError> {
                 "mounts[{index}].destination must not be empty"
             )));
         }
+        id_mapping::of(mount, spec)
+            .map_err(|error| invalid(format!("mounts[{index}]: {error}")))?;
     }
     Ok(())
 }
@@ -215,7 +212,20 @@ fn linux(spec: &Spec, place: Place) -> Result<(), BundleError> {
         .as_ref()
         .ok_or_else(|| invalid("linux must be set"))?;
     namespaces(linux.namespaces().as_deref().unwrap_or_default(), place)?;
+    memory_policy::of(spec).map_err(|error| invalid(format!("linux.memoryPolicy: {error}")))?;
     unsupported_parts(linux)
+}
+
+/// What holds for a container that joins a virtual machine which runs already.
+pub(super) fn joining(spec: &Spec) -> Result<(), BundleError> {
+    let linux = spec.linux().as_ref();
+    if linux.is_some_and(|linux| linux.memory_policy().is_some()) {
+        return Err(unsupported(
+            "linux.memoryPolicy",
+            "the container joins another one's virtual machine, which has its memory already",
+        ));
+    }
+    Ok(())
 }
 
 /// What holds for a container that has a virtual machine of its own.
@@ -296,14 +306,18 @@ fn unsupported_parts(linux: &Linux) -> Result<(), BundleError> {
         .and_then(|resources| resources.rdma().as_ref());
     let host_only = "it is a device or setting of the host's that a virtual machine does not have";
     [
-        ("linux.intelRdt", linux.intel_rdt().is_some()),
-        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        (
+            "linux.intelRdt",
+            linux.intel_rdt().is_some(),
+            "it divides the cache of the host's processors, which the guest's kernel does not manage",
+        ),
         (
             "linux.netDevices",
             linux
                 .net_devices()
                 .as_ref()
                 .is_some_and(|all| !all.is_empty()),
+            "a device of the host's cannot move into the guest's kernel; put it into the network namespace",
         ),
         (
             "linux.resources.network",
@@ -314,15 +328,17 @@ fn unsupported_parts(linux: &Linux) -> Result<(), BundleError> {
                         .as_ref()
                         .is_some_and(|all| !all.is_empty())
             }),
+            host_only,
         ),
         (
             "linux.resources.rdma",
             rdma.is_some_and(|rdma| !rdma.is_empty()),
+            host_only,
         ),
     ]
     .into_iter()
-    .find(|&(_, asked)| asked)
-    .map_or(Ok(()), |(field, _)| Err(unsupported(field, host_only)))
+    .find(|&(_, asked, _)| asked)
+    .map_or(Ok(()), |(field, _, reason)| Err(unsupported(field, reason)))
 }
 
 fn section_vm(vm: &VmSection, config: &Config) -> Result<(), BundleError> {
@@ -520,10 +536,6 @@ mod tests {
     fn what_only_a_host_has_is_refused_by_name() {
         for (field, value) in [
             ("linux.intelRdt", json!({"closID": "x"})),
-            (
-                "linux.memoryPolicy",
-                json!({"mode": "MPOL_BIND", "nodes": "0"}),
-            ),
             ("linux.netDevices", json!({"eth0": {}})),
         ] {
             let text = refusal(&format!("/{}", field.replace('.', "/")), value);
@@ -544,6 +556,36 @@ mod tests {
         }
         let empty = json!({"network": {}, "rdma": {}});
         verdict("/linux/resources", empty, &Config::default()).unwrap();
+    }
+
+    #[test]
+    fn a_memory_policy_is_for_who_brings_the_memory() {
+        let policy = json!({"mode": "MPOL_BIND", "nodes": "0"});
+        verdict("/linux/memoryPolicy", policy.clone(), &Config::default()).unwrap();
+        let mut spec = good();
+        spec["linux"]["memoryPolicy"] = policy;
+        let error = joining(&serde_json::from_value(spec).unwrap()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("linux.memoryPolicy is not supported: ")
+        );
+        joining(&serde_json::from_value(good()).unwrap()).unwrap();
+        let text = refusal(
+            "/linux/memoryPolicy",
+            json!({"mode": "MPOL_BIND", "nodes": "5-3"}),
+        );
+        assert_eq!(text, "linux.memoryPolicy: invalid range: 5-3");
+    }
+
+    #[test]
+    fn an_id_mapping_without_one_to_use_is_refused_in_runcs_words() {
+        let mount = json!([{"destination": "/d", "type": "bind", "source": "/s", "options": ["bind", "idmap"]}]);
+        let text = refusal("/mounts", mount);
+        assert_eq!(
+            text,
+            "mounts[0]: id-mapped mounts must have both uid and gid mappings specified"
+        );
     }
 
     #[test]

@@ -68,8 +68,14 @@ fn document() -> Value {
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
-            "memoryPolicy": {},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "memoryPolicy": {
+                "modes": words(
+                    "MPOL_BIND MPOL_DEFAULT MPOL_INTERLEAVE MPOL_LOCAL MPOL_PREFERRED MPOL_PREFERRED_MANY \
+                     MPOL_WEIGHTED_INTERLEAVE",
+                ),
+                "flags": words("MPOL_F_NUMA_BALANCING MPOL_F_RELATIVE_NODES MPOL_F_STATIC_NODES"),
+            },
+            "mountExtensions": {"idmap": {"enabled": true}},
             "netDevices": {"enabled": false},
         },
         "annotations": {

@@ -129,6 +129,8 @@ pub(super) async fn create(
     let joins = Sharer::find(&bundle.spec, &order.root);
     if joins.is_none() {
         bundle.check_alone()?;
+    } else {
+        bundle.check_joining()?;
     }
     let caller = Caller {
         detach: order.detach,
@@ -188,6 +190,7 @@ pub(super) async fn create(
                 config: &config,
                 vm: bundle.vm.as_ref(),
                 size,
+                memory_policy: bundle.memory_policy(),
                 share: &share,
                 cgroup: cgroup.as_ref(),
                 networks,

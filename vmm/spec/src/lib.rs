@@ -92,6 +92,19 @@ pub struct MemorySpec {
     pub size: MiB,
     /// Ask the host for transparent huge pages (five times fewer exits while the guest boots).
     pub huge_pages: bool,
+    /// From which nodes of the host it comes; `None`: as for the VMM's parent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MemoryPolicy>,
+}
+
+/// What set_mempolicy(2) is told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryPolicy {
+    /// `MPOL_*` with `MPOL_F_*`.
+    pub mode: u32,
+    /// The host's nodes, 0 to 1023. None: as the mode says.
+    pub nodes: Vec<u32>,
 }
 
 /// A directory of the host that the guest can mount by its tag.

@@ -165,6 +165,7 @@ impl Tasks {
             config,
             vm: bundle.vm.as_ref(),
             size,
+            memory_policy: bundle.memory_policy(),
             share: &share,
             cgroup: cgroup.as_ref(),
             networks,
@@ -206,6 +207,7 @@ impl Tasks {
         pod: &Pod,
     ) -> Result<Flowing, TaskError> {
         let Wanted { bundle, id, .. } = wanted;
+        bundle.check_joining()?;
         let mut part = wanted.part();
         pod::join(&mut part.guest, &pod::joins(&bundle.spec), pod.holder);
         let shared = pod.share.add(id.as_str(), &part.files);
