@@ -66,56 +66,31 @@ BULK_MIB ?= 1024
 lab: binaries ## Build the lab's program and image
 	$(if $(HAVE_VM),,$(LAB) image)
 
-# The same tests on runc: that tests the tests.
+# Every suite runs on runc too: that tests the tests.
 .PHONY: e2e
 e2e: build lab ## Run the end-to-end tests on runc and on caisson; ARGS chooses tests
-	LAB="$(if $(HAVE_VM),,$(CURDIR)/$(LAB))" BULK_MIB=$(BULK_MIB) SUDO=$(SUDO) tests/e2e/run $(ARGS)
+	LAB="$(if $(HAVE_VM),,$(CURDIR)/$(LAB))" SUDO=$(SUDO) CAISSON_TEST_BULK_MIB=$(BULK_MIB) tests/run e2e $(ARGS)
 
-# Debian's podman and Docker with each runtime in the place of their own, and systemd's cgroups, as they come; only in the
-# lab, which has an image for it.
+# The other suites change the system that they run on: only in the lab, which has images for them.
+# Debian's podman and Docker with each runtime in the place of their own, and systemd's cgroups, as they come.
 .PHONY: engines
-engines: build ## Run the tests with podman and Docker, in the lab, on runc and on caisson; ARGS chooses tests
-	cargo test --release -p caisson-tests --test engines --no-run
-	tests/engines/rootfs target/engines/server.tar
-	$(LAB) down
-	$(LAB) up --smp 1 --image systemd
-	program=$$(ls -t $(RELEASE)/deps/engines-* | grep -v '\.d$$' | head -n 1); \
-	for runtime in runc caisson; do \
-	  $(LAB) exec -t 2400 -e RUNTIME=$$runtime -e CAISSON_TEST_SERVER_ROOTFS=$(CURDIR)/target/engines/server.tar -- \
-	    $(CURDIR)/$$program --test-threads=1 $(ARGS); \
-	done
-	$(LAB) down
+engines: build lab ## Run the tests with podman and Docker; ARGS chooses tests
+	tests/engines/rootfs target/server.tar
+	LAB=$(CURDIR)/$(LAB) CAISSON_TEST_SERVER_ROOTFS=$(CURDIR)/target/server.tar tests/run engines $(ARGS)
 
-# The lab's image with containerd in it is another one; the tests prove themselves on containerd's own shim.
 # 200 cycles of pods take an hour on an emulated processor.
-POD_CYCLES ?= 200
-PODS ?= 20
+POD_CYCLES ?= 10
+PODS ?= 8
 .PHONY: containerd
-containerd: build ## Run the tests under containerd on runc and on caisson; ARGS chooses tests
-	cargo test --release -p caisson-containerd-tests --test containerd --no-run
-	$(LAB) down
-	$(LAB) up --smp 1 --image engines
-	program=$$(ls -t $(RELEASE)/deps/containerd-* | grep -v '\.d$$' | head -n 1); \
-	for runtime in runc caisson; do \
-	  $(LAB) exec -t 14400 -e RUNTIME=$$runtime -e CAISSON_TEST_POD_CYCLES=$(POD_CYCLES) -e CAISSON_TEST_PODS=$(PODS) -- \
-	    $(CURDIR)/$$program --test-threads=1 $(ARGS); \
-	done
-	$(LAB) down
+containerd: build lab ## Run the tests under containerd; ARGS chooses tests, POD_CYCLES and PODS say how many
+	LAB=$(CURDIR)/$(LAB) CAISSON_TEST_POD_CYCLES=$(POD_CYCLES) CAISSON_TEST_PODS=$(PODS) tests/run containerd $(ARGS)
 
-# PID 1 of this image of the lab is systemd.
 .PHONY: systemd
-systemd: build ## Run the tests of --systemd-cgroup, in the lab, on runc and on caisson; ARGS chooses tests
-	cargo test --release -p caisson-tests --test systemd --no-run
-	$(LAB) down
-	$(LAB) up --smp 1 --image systemd
-	program=$$(ls -t $(RELEASE)/deps/systemd-* | grep -v '\.d$$' | head -n 1); \
-	for runtime in runc caisson; do \
-	  $(LAB) exec -t 1200 -e RUNTIME=$$runtime -- $(CURDIR)/$$program --test-threads=1 $(ARGS); \
-	done
-	$(LAB) down
+systemd: build lab ## Run the tests of --systemd-cgroup; ARGS chooses tests
+	LAB=$(CURDIR)/$(LAB) tests/run systemd $(ARGS)
 
 .PHONY: test
-test: lint unit e2e ## Build and pass all tests
+test: lint unit e2e systemd containerd ## Build and pass all tests (`make engines` has those with podman and Docker)
 
 .PHONY: demo
 demo: build lab ## Run a real container: a Debian root file system, Python, SQLite

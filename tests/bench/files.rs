@@ -1,25 +1,153 @@
-//! What operations on a container's files cost: the workload `file-cost` in crun's container and in caisson's.
+//! What operations on a container's files cost, in crun's container, in caisson's and under QEMU with virtiofsd: the
+//! workloads `file-cost` and `io-cost`, a walk through a large tree, and `git status` in it.
 
 use std::fs;
 use std::io;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::subject::{Place, Subject, program_on_path};
 
-/// How many files each operation is done to.
+/// Whose files are measured.
+const SUBJECTS: [Subject; 3] = [Subject::Crun, Subject::Caisson, Subject::MicrovmShare];
+
+/// How many files each operation of `file-cost` is done to.
 const FILES: u64 = 200;
 
-/// Prints the table.
+/// The tree's directories, and the files in each.
+const DIRECTORIES: u64 = 200;
+const EACH: u64 = 100;
+
+/// Lines of a workload, and when each arrived.
+type Lines = Vec<(String, u64)>;
+
+/// Prints the tables.
 pub(crate) fn report(place: &Place) -> io::Result<()> {
-    let program = program_on_path("file-cost")?;
-    fs::copy(program, place.dir.join("bundle/rootfs/bin/file-cost"))?;
+    let root = place.dir.join("bundle/rootfs");
+    for name in ["file-cost", "io-cost"] {
+        fs::copy(program_on_path(name)?, root.join("bin").join(name))?;
+    }
+    operations(place, &root)?;
+    patterns(place, &root)?;
+    tree(place, &root)
+}
+
+/// One kind of operation after the other, on small files on a disk.
+fn operations(place: &Place, root: &Path) -> io::Result<()> {
+    // A run that was stopped leaves files.
+    fs::remove_dir_all(root.join("tmp"))?;
+    fs::create_dir(root.join("tmp"))?;
     let files = FILES.to_string();
-    let measured =
-        |subject: Subject| subject.lines(place, &["file-cost", "--files", &files, "/tmp"]);
-    let (crun, caisson) = (measured(Subject::Crun)?, measured(Subject::Caisson)?);
-    println!("\n| one file | crun, thousand instructions | caisson |\n|---|---|---|");
-    for (host, guest) in crun.windows(2).zip(caisson.windows(2)) {
-        let cost = |pair: &[(String, u64)]| (pair[1].1 - pair[0].1) / FILES / 1000;
-        println!("| {} | {} | {} |", host[1].0, cost(host), cost(guest));
+    let columns = measure(place, &["file-cost", "--files", &files, "/tmp"])?;
+    heading("one file, thousand instructions");
+    for row in 1..columns[0].len() {
+        let cost = |lines: &Lines| (lines[row].1 - lines[row - 1].1) / FILES / 1000;
+        print_row(&columns[0][row].0, columns.each_ref().map(cost));
     }
     Ok(())
+}
+
+/// Patterns on a large file, which the host has in memory: a disk's waits would be counted.
+fn patterns(place: &Place, root: &Path) -> io::Result<()> {
+    let data = root.join("data");
+    fs::create_dir_all(&data)?;
+    mount("tmpfs", &data, "tmpfs", MountFlags::empty(), None)?;
+    let columns = measure(place, &["io-cost", "/data/file"]);
+    unmount(&data, UnmountFlags::DETACH)?;
+    let columns = columns?;
+    heading("one block of a 64 MiB file, thousand instructions");
+    for row in 1..columns[0].len() {
+        // The name, and the number of blocks.
+        let (name, count) = columns[0][row].0.split_once(" | ").unwrap_or_default();
+        let count: u64 = count.parse().map_err(io::Error::other)?;
+        let cost = |lines: &Lines| (lines[row].1 - lines[row - 1].1) / count / 1000;
+        print_row(name, columns.each_ref().map(cost));
+    }
+    Ok(())
+}
+
+/// Commands that look at all of a large tree, less what a command that does nothing costs.
+fn tree(place: &Place, root: &Path) -> io::Result<()> {
+    make_tree(root)?;
+    heading("a tree of 20,000 files, thousand instructions for one");
+    let commands: [(&str, &[&str]); 2] = [
+        ("`du -s`", &["du", "-s", "/tree"]),
+        (
+            "`git status`",
+            &["/usr/bin/git", "-C", "/tree", "status", "--short"],
+        ),
+    ];
+    for (name, command) in commands {
+        let cost = |subject: Subject| -> io::Result<u64> {
+            // The first also lets git learn what the files look like from there.
+            subject.lines(place, command)?;
+            let (all, nothing) = (
+                subject.whole(place, command)?,
+                subject.whole(place, &["true"])?,
+            );
+            Ok(all.saturating_sub(nothing) / (DIRECTORIES * EACH) / 1000)
+        };
+        let [crun, caisson, microvm] = SUBJECTS.map(cost);
+        print_row(name, [crun?, caisson?, microvm?]);
+    }
+    Ok(())
+}
+
+/// The tree, committed, and git with the libraries that it needs.
+fn make_tree(root: &Path) -> io::Result<()> {
+    let tree = root.join("tree");
+    if tree.join(".git").exists() {
+        return Ok(());
+    }
+    for directory in 0..DIRECTORIES {
+        let directory = tree.join(format!("directory-{directory}"));
+        fs::create_dir_all(&directory)?;
+        for file in 0..EACH {
+            fs::write(
+                directory.join(format!("file-{file}.txt")),
+                format!("{file}\n"),
+            )?;
+        }
+    }
+    // Files beyond the threshold go into one pack, in place of a file for each.
+    let script = "set -e; root=$1; cd $root/tree; export HOME=/root; git init -q; \
+        git -c core.bigFileThreshold=1 add -A; git -c user.name=b -c user.email=b commit -qm all; \
+        mkdir -p $root/usr/bin; cp /usr/bin/git $root/usr/bin/; \
+        for library in $(ldd /usr/bin/git | grep -o '/[^ ]*'); do \
+          mkdir -p $root$(dirname $library); cp -L $library $root$library; done";
+    let status = Command::new("sh")
+        .args(["-c", script, "sh"])
+        .arg(root)
+        .status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("make the tree: {status}")))
+    }
+}
+
+/// The lines of a workload for each subject; all must have done the same.
+fn measure(place: &Place, command: &[&str]) -> io::Result<[Lines; 3]> {
+    let [crun, caisson, microvm] = SUBJECTS.map(|subject| subject.lines(place, command));
+    let columns = [crun?, caisson?, microvm?];
+    let names =
+        |lines: &Lines| -> Vec<String> { lines.iter().map(|line| line.0.clone()).collect() };
+    let done = columns.each_ref().map(names);
+    if done.iter().all(|names| *names == done[0]) {
+        Ok(columns)
+    } else {
+        Err(io::Error::other(format!(
+            "not the same operations: {done:?}"
+        )))
+    }
+}
+
+fn heading(what: &str) {
+    println!("\n| {what} | crun | caisson | QEMU and virtiofsd |\n|---|---|---|---|");
+}
+
+fn print_row(name: &str, costs: [u64; 3]) {
+    println!("| {name} | {} | {} | {} |", costs[0], costs[1], costs[2]);
 }

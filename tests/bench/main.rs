@@ -13,6 +13,7 @@ mod idle;
 mod steps;
 mod subject;
 mod trace;
+mod virtiofs;
 
 use std::collections::BTreeMap;
 use std::io;

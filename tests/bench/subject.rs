@@ -3,10 +3,18 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
+
+use crate::virtiofs;
+
+/// The machine that QEMU is asked for: as little as it can be.
+pub(crate) const MACHINE: &str = "microvm,x-option-roms=off,pic=off,pit=off,rtc=off,acpi=off";
+
+/// What QEMU's guests have on the kernel's command line.
+pub(crate) const WORDS: &str = "panic=-1 reboot=t quiet noxsave";
 
 /// A program that can run the bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +29,8 @@ pub(crate) enum Subject {
     Caisson,
     /// QEMU's microvm with caisson's guest kernel, the program in an initramfs of its own, no shared files.
     Microvm,
+    /// The same with the bundle's root file system as its root, shared by QEMU's virtiofsd.
+    MicrovmShare,
 }
 
 /// One run: readings of the monotonic clock in nanoseconds.
@@ -50,13 +60,14 @@ pub(crate) struct Place {
 
 impl Subject {
     /// All of them, cheapest first.
-    pub(crate) fn all() -> [Self; 5] {
+    pub(crate) fn all() -> [Self; 6] {
         [
             Self::Bare,
             Self::Crun,
             Self::Runc,
             Self::Caisson,
             Self::Microvm,
+            Self::MicrovmShare,
         ]
     }
 
@@ -68,6 +79,7 @@ impl Subject {
             Self::Runc => "runc",
             Self::Caisson => "caisson",
             Self::Microvm => "QEMU microvm, same kernel, program in the initramfs",
+            Self::MicrovmShare => "QEMU microvm and virtiofsd",
         }
     }
 
@@ -79,24 +91,44 @@ impl Subject {
             Self::Runc => Command::new("runc"),
             Self::Caisson => Command::new(place.dir.join("caisson")),
             Self::Microvm => Command::new("/usr/bin/qemu-system-x86_64-microvm"),
+            // Debian's smaller program has no shared files.
+            Self::MicrovmShare => Command::new("/usr/bin/qemu-system-x86_64"),
         };
         command.env("CAISSON_CONFIG", place.dir.join("config.toml"));
         command
     }
 
-    /// The command that runs `bundle`.
-    fn command(self, place: &Place, bundle: &Path) -> io::Result<Command> {
+    /// The command that runs `bundle`, and the server that it needs.
+    fn command(self, place: &Place, bundle: &Path) -> io::Result<(Command, Option<Child>)> {
         let mut command = self.program(place);
+        let mut server = None;
         match self {
-            Self::Bare => command.arg("true"),
-            Self::Microvm => command.args(place.microvm()?),
-            _ => command.args(["run", "-b"]).arg(bundle).arg("bench"),
-        };
+            Self::Bare => {
+                command.arg("true");
+            }
+            Self::Microvm => {
+                command.args(place.microvm()?);
+            }
+            Self::MicrovmShare => {
+                server = Some(virtiofs::serve(place, bundle)?);
+                command.args(virtiofs::arguments(place));
+            }
+            _ => {
+                command.args(["run", "-b"]).arg(bundle).arg("bench");
+            }
+        }
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
-        Ok(command)
+        Ok((command, server))
+    }
+
+    /// What a program costs from first to last, in nanoseconds; see [`lines`](Self::lines).
+    pub(crate) fn whole(self, place: &Place, args: &[&str]) -> io::Result<u64> {
+        let start = now();
+        self.lines(place, args)?;
+        Ok(now() - start)
     }
 
     /// Each line that a program prints, and when it arrived. It may write to its root file system and give files away.
@@ -109,23 +141,34 @@ impl Subject {
                 spec["process"]["capabilities"][set] = json!(names);
             }
         })?;
-        let mut child = self.command(place, &bundle)?.spawn()?;
+        let (mut command, server) = self.command(place, &bundle)?;
+        let mut child = command.spawn()?;
         let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let lines = BufReader::new(stdout).lines();
-        let lines = lines.map(|line| line.map(|line| (line, now())));
-        let lines = lines.collect::<io::Result<_>>()?;
+        // A terminal in between ends its lines with a carriage return.
+        let lines = lines.map(|line| line.map(|line| (line.trim_end().to_owned(), now())));
+        let mut lines: Vec<(String, u64)> = lines.collect::<io::Result<_>>()?;
+        // The kernel's own last words.
+        lines.retain(|(line, _)| !line.starts_with("reboot: "));
         let status = child.wait()?;
-        if status.success() {
+        end(server)?;
+        let failed = lines
+            .iter()
+            .any(|(line, _)| line.starts_with(virtiofs::FAILED));
+        if status.success() && !failed {
             Ok(lines)
         } else {
-            Err(io::Error::other(format!("{}: {status}", self.name())))
+            let name = self.name();
+            Err(io::Error::other(format!(
+                "{name}: {args:?}: {status} {lines:?}"
+            )))
         }
     }
 
     /// Runs the bundle's `true`, or `args` instead, and takes the time.
     pub(crate) fn run(self, place: &Place, args: &[&str]) -> io::Result<Run> {
         let bundle = place.bundle(if args.is_empty() { &["true"] } else { args })?;
-        let mut command = self.command(place, &bundle)?;
+        let (mut command, server) = self.command(place, &bundle)?;
         let start = now();
         let mut child = command.spawn()?;
         let mut byte = [0];
@@ -134,16 +177,26 @@ impl Subject {
         let output = now();
         io::copy(&mut stdout, &mut io::sink())?;
         let status = child.wait()?;
-        let end = now();
+        let ended = now();
+        end(server)?;
         if !status.success() {
             return Err(io::Error::other(format!("{}: {status}", self.name())));
         }
         Ok(Run {
             start,
-            output: if some { output } else { end },
-            end,
+            output: if some { output } else { ended },
+            end: ended,
         })
     }
+}
+
+/// Ends a server whose only client has ended.
+fn end(server: Option<Child>) -> io::Result<()> {
+    if let Some(mut server) = server {
+        server.kill()?;
+        server.wait()?;
+    }
+    Ok(())
 }
 
 impl Place {
@@ -156,7 +209,9 @@ impl Place {
             fs::create_dir_all(dir.join("bundle/rootfs").join(name))?;
         }
         fs::copy("/bin/busybox", bin.join("busybox"))?;
-        for applet in ["true", "echo", "sleep", "sh", "free", "mount", "reboot"] {
+        for applet in [
+            "true", "echo", "sleep", "sh", "free", "mount", "reboot", "du",
+        ] {
             let _ = std::os::unix::fs::symlink("busybox", bin.join(applet));
         }
         // Installed, as it were: on a local disk. The repository is on a file server outside of the lab, whose waits would
@@ -211,6 +266,13 @@ impl Place {
         Ok(bundle)
     }
 
+    /// What the bundle's process consists of.
+    pub(crate) fn arguments(&self) -> io::Result<Vec<String>> {
+        let spec = fs::read(self.dir.join("bundle/config.json"))?;
+        let spec: Value = serde_json::from_slice(&spec)?;
+        Ok(serde_json::from_value(spec["process"]["args"].clone())?)
+    }
+
     /// Changes the bundle's `config.json`.
     fn edit(&self, change: impl FnOnce(&mut Value)) -> io::Result<()> {
         let file = self.dir.join("bundle/config.json");
@@ -234,16 +296,14 @@ impl Place {
                 return Err(io::Error::other("no initramfs for the microvm"));
             }
         }
-        let words = "panic=-1 reboot=t quiet noxsave rdinit=/init";
-        let machine = "microvm,x-option-roms=off,pic=off,pit=off,rtc=off,isa-serial=off,acpi=off";
         let kernel = self.dir.join("vmlinux").display().to_string();
         let arguments = format!(
-            "-accel kvm -cpu host -M {machine} -m 256 -smp 1 -nodefaults -no-user-config -display none -no-reboot \
-             -kernel {kernel} -initrd {}",
+            "-accel kvm -cpu host -M {MACHINE},isa-serial=off -m 256 -smp 1 -nodefaults -no-user-config -display none \
+             -no-reboot -kernel {kernel} -initrd {}",
             archive.display()
         );
         let mut list: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
-        list.extend(["-append".to_owned(), words.to_owned()]);
+        list.extend(["-append".to_owned(), format!("{WORDS} rdinit=/init")]);
         Ok(list)
     }
 

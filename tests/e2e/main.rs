@@ -14,6 +14,7 @@ mod host;
 mod isolation;
 mod kills;
 mod lifecycle;
+mod members;
 mod network;
 mod pausing;
 mod processes;

@@ -73,6 +73,7 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "findutils",
     "gawk",
+    "git",
     "grep",
     "iproute2",
     "jq",
@@ -187,7 +188,6 @@ const EXCLUDED: &[&str] = &[
     "./usr/lib/x86_64-linux-gnu/perl*",
     "./usr/lib/x86_64-linux-gnu/gconv",
     "./usr/lib/x86_64-linux-gnu/gstreamer*",
-    "./usr/bin/qemu-system-x86_64",
     "./usr/libexec/qemu-system-i386",
 ];
 
