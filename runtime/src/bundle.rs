@@ -48,6 +48,10 @@ enum Place {
     Alone,
     /// In one that has containers already.
     Member,
+    /// In one of these, or the next: which one is decided later.
+    Undecided,
+    /// In a virtual machine of its own; without a network namespace it gets a network in user mode.
+    Connected,
 }
 
 /// How the caller of `create` or `run` deals with the terminal.
@@ -149,6 +153,12 @@ impl Bundle {
         Self::read(path, config, Place::Member)
     }
 
+    /// As [`Bundle::load`], where it is not yet known which of both it is: [`Bundle::check_alone`] comes next, unless it
+    /// is a member.
+    pub fn load_undecided(path: &Path, config: &Config) -> Result<Self, BundleError> {
+        Self::read(path, config, Place::Undecided)
+    }
+
     fn read(path: &Path, config: &Config, place: Place) -> Result<Self, BundleError> {
         let path = path
             .canonicalize()
@@ -179,16 +189,26 @@ impl Bundle {
         })
     }
 
-    /// The rules that [`Bundle::load`] has beyond [`Bundle::load_member`], for a container that turned out to join no
-    /// sandbox.
-    pub fn check_alone(&self) -> Result<(), BundleError> {
-        rules::alone(&self.spec)?;
+    /// The rules that [`Bundle::load`] has beyond [`Bundle::load_undecided`], for a container that turned out to join no
+    /// sandbox. `user_network`: without a network namespace it is connected in user mode, and not refused.
+    pub fn check_alone(&self, user_network: bool) -> Result<(), BundleError> {
+        let place = if user_network {
+            Place::Connected
+        } else {
+            Place::Alone
+        };
+        rules::linux(&self.spec, place)?;
         network(&self.spec)
     }
 
     /// The rules that [`Bundle::load`] has not, for a container that joins a virtual machine which runs already.
     pub fn check_joining(&self) -> Result<(), BundleError> {
         rules::joining(&self.spec)
+    }
+
+    /// Whether there is no network namespace at all: runc would leave the container in the caller's.
+    pub fn is_without_network(&self) -> bool {
+        !rules::has_network(&self.spec)
     }
 
     /// Checks that caller and container agree on the terminal, in runc's words.

@@ -48,6 +48,18 @@ pub struct Config {
     pub memory_overhead_mib: MiB,
     /// How many network interfaces a container may get after its start, beyond those that it has then.
     pub spare_interfaces: u8,
+    /// The program that connects a container without a network namespace.
+    pub passt: PathBuf,
+    /// Connect such a container of root's as well.
+    pub user_network: bool,
+    /// The host's TCP ports that lead into it, as passt's `--tcp-ports` has them.
+    pub user_network_tcp: String,
+    /// The same for UDP.
+    pub user_network_udp: String,
+    /// An address at which it finds the host's first name server.
+    pub user_network_dns: String,
+    /// Its gateway's address is the host's loopback.
+    pub user_network_host: bool,
     /// Ask the host for huge pages.
     pub huge_pages: bool,
     /// How long a guest may take from its first instruction until its agent answers. 0: no limit.
@@ -71,6 +83,12 @@ impl Default for Config {
             default_memory_mib: MiB(256),
             memory_overhead_mib: MiB(64),
             spare_interfaces: 4,
+            passt: "/usr/bin/passt".into(),
+            user_network: false,
+            user_network_tcp: String::new(),
+            user_network_udp: String::new(),
+            user_network_dns: String::new(),
+            user_network_host: false,
             huge_pages: true,
             boot_timeout_ms: 30_000,
             debug_console: false,
@@ -164,6 +182,7 @@ impl Config {
             ("kernel", &self.kernel),
             ("initramfs", &self.initramfs),
             ("vmm", &self.vmm),
+            ("passt", &self.passt),
         ] {
             if !path.is_absolute() {
                 return Err((key, "an absolute path"));
@@ -188,7 +207,7 @@ impl Config {
         {
             return Err((
                 "allowed_annotations",
-                "names of keys of this file, without vmm, allow_vm_section and itself",
+                "names of keys of this file, without vmm, passt, user_network, allow_vm_section and itself",
             ));
         }
         Ok(())
@@ -326,7 +345,7 @@ mod tests {
             ("vmm = \"caisson-vmm\"", "vmm must be an absolute path"),
             (
                 "allowed_annotations = [\"vmm\"]",
-                "allowed_annotations must be names of keys of this file, without vmm, allow_vm_section and itself",
+                "allowed_annotations must be names of keys of this file, without vmm, passt, user_network, allow_vm_section and itself",
             ),
         ] {
             let error = parse(&format!("# one\n\n{text}\n"))

@@ -1,7 +1,7 @@
 //! The specification as the guest applies it, and what of it stays on the host: one pure function.
 //!
 //! Contract: the guest's specification names no path of the host. The root file system and every bind mount's source
-//! become paths below the shared directory, as [`crate::share`] lays it out; the cgroup path, paths of namespaces,
+//! become paths below the shared directory, as [`crate::share`] lays it out (but `/sys` on `/sys` is the guest's own); the cgroup path, paths of namespaces,
 //! hooks of the host's side, the `vm` section and limits on the host's CPUs, NUMA nodes and disks ([`crate::cgroup`]
 //! sets those) are removed. Everything else is passed on untouched: the agent is the
 //! one that applies it, or refuses it.
@@ -10,7 +10,9 @@
 use std::path::{Path, PathBuf};
 
 use caisson_agent_api::{NOTIFY_DIRECTORY, NOTIFY_SOCKET, SHARE_MOUNT};
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Root, Spec};
+use oci_spec::runtime::{
+    Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Root, Spec,
+};
 
 use crate::id_mapping::{self, IdMapping};
 
@@ -119,6 +121,28 @@ fn add_environment(spec: &mut Spec, added: impl IntoIterator<Item = String>) {
     }
 }
 
+/// Gives a container without a network namespace one in the guest, for the interface of its user-mode network, and the
+/// sysfs that belongs to it.
+pub fn add_network(spec: &mut Spec) {
+    if let Some(linux) = spec.linux_mut() {
+        let mut namespace = LinuxNamespace::default();
+        namespace.set_typ(LinuxNamespaceType::Network);
+        linux
+            .namespaces_mut()
+            .get_or_insert_default()
+            .push(namespace);
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        if is_bind(mount) && is_kernels(mount) {
+            mount.set_typ(Some("sysfs".to_owned()));
+            mount.set_source(Some("sysfs".into()));
+            if let Some(options) = mount.options_mut() {
+                options.retain(|option| option != "bind" && option != "rbind");
+            }
+        }
+    }
+}
+
 /// Leaves out what only the host can limit: the guest numbers its CPUs, nodes and disks differently.
 pub fn remove_host_limits(resources: &mut LinuxResources) {
     if let Some(cpu) = resources.cpu_mut() {
@@ -150,6 +174,13 @@ pub fn join_namespaces(guest: &mut Spec, kinds: &[LinuxNamespaceType], guest_pid
             namespace.set_path(Some(format!("/proc/{guest_pid}/ns/{name}").into()));
         }
     }
+}
+
+/// Whether a mount shows the kernel's own files where they belong, as containers without a network namespace have them:
+/// the kernel is the guest's.
+fn is_kernels(mount: &Mount) -> bool {
+    const SYS: &str = "/sys";
+    mount.destination() == Path::new(SYS) && mount.source().as_deref() == Some(Path::new(SYS))
 }
 
 /// Whether a mount's source is a file or directory of the host; as runc decides it.
@@ -184,7 +215,7 @@ fn binds(bundle: &Path, spec: &Spec) -> Vec<Bind> {
         .iter()
         .flatten()
         .enumerate()
-        .filter(|(_, mount)| is_bind(mount))
+        .filter(|(_, mount)| is_bind(mount) && !is_kernels(mount))
         .map(bind)
         .collect()
 }
@@ -241,6 +272,30 @@ mod tests {
                 "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}],
             },
         }))
+    }
+
+    #[test]
+    fn sysfs_is_the_guests_and_elsewhere_the_hosts() {
+        let mut example = example();
+        let mounts = json!([
+            {"destination": "/sys", "type": "none", "source": "/sys", "options": ["rbind", "ro"]},
+            {"destination": "/hostsys", "type": "bind", "source": "/sys", "options": ["rbind", "ro"]},
+        ]);
+        example.set_mounts(serde_json::from_value(mounts).unwrap());
+        let (guest, host) = split("c1", Path::new("/b"), example);
+        let shared: Vec<_> = host.binds.iter().map(|bind| bind.index).collect();
+        assert_eq!(shared, [1]);
+        let value = serde_json::to_value(&guest).unwrap();
+        assert_eq!(value["mounts"][0]["source"], "/sys");
+        let mut connected = guest;
+        add_network(&mut connected);
+        let value = serde_json::to_value(&connected).unwrap();
+        let sysfs =
+            json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]});
+        assert_eq!(value["mounts"][0], sysfs);
+        assert_ne!(value["mounts"][1]["type"], "sysfs");
+        let namespaces = value["linux"]["namespaces"].as_array().unwrap();
+        assert_eq!(namespaces.last().unwrap()["type"], "network");
     }
 
     #[test]

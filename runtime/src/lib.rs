@@ -16,6 +16,7 @@ pub mod forwarded;
 pub mod guest_spec;
 pub mod hooks;
 pub mod id_mapping;
+pub mod identities;
 pub mod log;
 pub mod memory_policy;
 pub mod monitor;

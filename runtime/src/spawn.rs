@@ -64,11 +64,20 @@ pub(crate) fn spawn(
         args: Vec::new(),
         env: Vec::new(),
     };
-    let owner = rustix::process::getpid().as_raw_pid();
-    start(&program, files, cgroup, Some(owner))
+    spawn_bound(&program, files, cgroup)
 }
 
-/// As [`spawn`], with arguments and an environment, and a life of its own: it may outlive this process.
+/// As [`spawn`], with arguments and an environment.
+pub(crate) fn spawn_bound(
+    program: &Program,
+    files: Vec<(OwnedFd, i32)>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Child> {
+    let owner = rustix::process::getpid().as_raw_pid();
+    start(program, files, cgroup, Some(owner))
+}
+
+/// As [`spawn_bound`], with a life of its own: it may outlive this process.
 pub(crate) fn spawn_program(
     program: &Program,
     files: Vec<(OwnedFd, i32)>,

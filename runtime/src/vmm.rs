@@ -10,7 +10,10 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -86,6 +89,14 @@ pub enum VmmError {
         /// Why.
         source: io::Error,
     },
+    /// This user may not use KVM.
+    #[error("open the KVM device {path}: it belongs to {owner}, and this user does not (usermod -aG, then log in anew)", path = KVM)]
+    KvmDenied {
+        /// Whose it is.
+        owner: String,
+        /// Why.
+        source: io::Error,
+    },
     /// The program cannot be started.
     #[error("start the VMM {path}", path = path.display())]
     Start {
@@ -143,7 +154,7 @@ impl Vmm {
         let mut files = Files::default();
         let networks = machine.networks.into_iter();
         let spec = VmSpec {
-            kvm: files.add(open("the KVM device", Path::new("/dev/kvm"), OFlags::RDWR)?),
+            kvm: files.add(open_kvm()?),
             control: files.add(theirs),
             kernel: files.add(open("the guest kernel", machine.kernel, OFlags::RDONLY)?),
             initramfs: files.add(open("the initramfs", machine.initramfs, OFlags::RDONLY)?),
@@ -162,6 +173,7 @@ impl Vmm {
             networks: networks
                 .map(|plug| NetworkSpec {
                     tap: files.add(plug.tap),
+                    kind: plug.kind,
                     mac: plug.mac,
                 })
                 .collect(),
@@ -282,6 +294,38 @@ impl Process {
     }
 }
 
+/// The device that every virtual machine needs.
+const KVM: &str = "/dev/kvm";
+
+fn open_kvm() -> Result<OwnedFd, VmmError> {
+    match open("the KVM device", Path::new(KVM), OFlags::RDWR) {
+        Err(VmmError::Open { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+            let owner = kvm_owner();
+            Err(VmmError::KvmDenied { owner, source })
+        }
+        other => other,
+    }
+}
+
+/// Who may use KVM, in words: `group kvm`.
+pub(crate) fn kvm_owner() -> String {
+    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    match std::fs::metadata(KVM) {
+        Ok(device) if device.mode() & 0o060 == 0o060 => group(device.gid(), &groups),
+        _ => "root".to_owned(),
+    }
+}
+
+/// The name of a group (group(5)), or its number.
+fn group(gid: u32, groups: &str) -> String {
+    let name = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(gid)).then_some(name)
+    });
+    name.map_or_else(|| format!("group {gid}"), |name| format!("group {name}"))
+}
+
 fn open(what: &'static str, path: &Path, access: OFlags) -> Result<OwnedFd, VmmError> {
     rustix::fs::open(path, access | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         VmmError::Open {
@@ -373,6 +417,13 @@ mod tests {
         )
         .unwrap_err();
         assert_eq!(error.to_string(), "open the guest kernel /nonexistent/k");
+    }
+
+    #[test]
+    fn the_group_to_join_is_named() {
+        let groups = "root:x:0:\nkvm:x:104:alice\nbroken\n";
+        assert_eq!(group(104, groups), "group kvm");
+        assert_eq!(group(7, groups), "group 7");
     }
 
     #[test]

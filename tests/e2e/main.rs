@@ -20,6 +20,7 @@ mod pausing;
 mod processes;
 mod refusals;
 mod resources;
+mod rootless;
 mod signals;
 mod spec_fields;
 mod statuses;

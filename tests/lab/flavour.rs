@@ -81,6 +81,7 @@ const PACKAGES: &[&str] = &[
     "libc-bin",
     "mount",
     "nftables",
+    "passt",
     "procps",
     "python3",
     "qemu-system-x86",
@@ -89,6 +90,7 @@ const PACKAGES: &[&str] = &[
     "socat",
     "strace",
     "tar",
+    "uidmap",
     "util-linux",
     "xz-utils",
 ];
@@ -196,15 +198,24 @@ const FILES: &[(&str, u32, &str)] = &[
     (
         "etc/passwd",
         0o644,
-        "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
+        "root:x:0:0:root:/root:/bin/bash\ntester:x:1000:1000::/home/tester:/bin/bash\n\
+         nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     ),
     (
         "etc/group",
         0o644,
-        "root:x:0:\ntty:x:5:\nkvm:x:104:\nnogroup:x:65534:\n",
+        "root:x:0:\ntty:x:5:\nkvm:x:104:tester\ntester:x:1000:\nnogroup:x:65534:\n",
     ),
-    ("etc/subuid", 0o644, "root:100000:65536\n"),
-    ("etc/subgid", 0o644, "root:100000:65536\n"),
+    (
+        "etc/subuid",
+        0o644,
+        "root:100000:65536\ntester:200000:65536\n",
+    ),
+    (
+        "etc/subgid",
+        0o644,
+        "root:100000:65536\ntester:200000:65536\n",
+    ),
     ("etc/hosts", 0o644, "127.0.0.1 localhost lab\n"),
     ("etc/hostname", 0o644, "lab\n"),
     ("etc/resolv.conf", 0o644, ""),

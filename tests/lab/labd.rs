@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -66,6 +67,11 @@ const DEV_LINKS: &[(&str, &str)] = &[
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
+/// Devices with a mode and a group other than the kernel's, as udev's rules have them.
+const DEVICES: &[(&str, u32, u32)] = &[("/dev/kvm", 0o660, KVM_GROUP), ("/dev/net/tun", 0o666, 0)];
+/// The group `kvm` in the image.
+const KVM_GROUP: u32 = 104;
+
 /// Where it is, systemd is PID 1 from then on, and starts the server as its service.
 const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 /// The server's program then.
@@ -106,6 +112,10 @@ fn init() -> io::Result<()> {
     rustix::system::sethostname(b"lab")?;
     for module in fs::read_to_string("/usr/lib/modules/lab.load")?.lines() {
         load_module(module).unwrap_or_else(|e| eprintln!("labd: load {module}: {e}"));
+    }
+    for (path, mode, group) in DEVICES {
+        std::os::unix::fs::chown(path, None, Some(*group))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(*mode))?;
     }
     fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
     fs::write("/proc/sys/kernel/printk", "4 4 1 4")?;

@@ -206,7 +206,7 @@ fn hooks(spec: &Spec) -> Result<(), BundleError> {
     Ok(())
 }
 
-fn linux(spec: &Spec, place: Place) -> Result<(), BundleError> {
+pub(super) fn linux(spec: &Spec, place: Place) -> Result<(), BundleError> {
     let linux = spec
         .linux()
         .as_ref()
@@ -226,11 +226,6 @@ pub(super) fn joining(spec: &Spec) -> Result<(), BundleError> {
         ));
     }
     Ok(())
-}
-
-/// What holds for a container that has a virtual machine of its own.
-pub(super) fn alone(spec: &Spec) -> Result<(), BundleError> {
-    linux(spec, Place::Alone)
 }
 
 fn namespaces(all: &[LinuxNamespace], place: Place) -> Result<(), BundleError> {
@@ -256,21 +251,31 @@ fn namespaces(all: &[LinuxNamespace], place: Place) -> Result<(), BundleError> {
             ));
         }
     }
-    if all
-        .iter()
-        .all(|namespace| namespace.typ() != LinuxNamespaceType::Network)
-    {
-        return Err(host_network());
+    match place {
+        Place::Alone | Place::Member if !has(all, LinuxNamespaceType::Network) => {
+            Err(host_network())
+        }
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+fn has(all: &[LinuxNamespace], kind: LinuxNamespaceType) -> bool {
+    all.iter().any(|namespace| namespace.typ() == kind)
+}
+
+/// Whether there is a network namespace, new or given by its path.
+pub(super) fn has_network(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let all = linux.and_then(|linux| linux.namespaces().as_deref());
+    has(all.unwrap_or_default(), LinuxNamespaceType::Network)
 }
 
 /// The kinds of namespaces that may be given by path.
 fn may_be_joined(kind: LinuxNamespaceType, place: Place) -> bool {
     use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
     match place {
-        Place::Alone => kind == Network,
-        Place::Member => matches!(kind, Network | Ipc | Uts | Pid),
+        Place::Alone | Place::Connected => kind == Network,
+        Place::Member | Place::Undecided => matches!(kind, Network | Ipc | Uts | Pid),
     }
 }
 
@@ -500,6 +505,10 @@ mod tests {
     #[test]
     fn host_networking_is_refused_and_says_what_to_do() {
         for namespaces in [json!([{"type": "pid"}]), json!([]), Value::Null] {
+            let mut spec = good();
+            spec["linux"]["namespaces"] = namespaces.clone();
+            let (spec, _) = vm::parse(spec.to_string().as_bytes()).unwrap();
+            assert!(linux(&spec, Place::Connected).is_ok() && !has_network(&spec));
             let text = refusal("/linux/namespaces", namespaces);
             assert!(
                 text.contains("host networking") && text.contains("give {\"type\""),

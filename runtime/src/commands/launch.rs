@@ -15,6 +15,7 @@ use crate::{
     cgroup,
     cli::Launch,
     hooks::{self, HookError},
+    identities::{self, IdentityError},
     monitor::{self, HostHooks, Order, Program, Report, StartError, Supervised, hook_state},
     packet::PacketError,
     preserved::{self, PreservedError},
@@ -34,6 +35,9 @@ pub enum LaunchError {
     /// A hook of the host's side.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// The users and groups of an ordinary user's container.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The hooks cannot be read back.
     #[error("read the hooks")]
     Hooks(#[source] io::Error),
@@ -155,6 +159,10 @@ fn listen(
         match monitor.report::<Report>()? {
             Some(Report::Claimed) => *claimed = true,
             Some(Report::Warning(text)) => context.log.warning(&text),
+            Some(Report::Identities(identities)) => {
+                identities::map_others(&identities, monitor.pid())?;
+                monitor.go(None)?;
+            }
             Some(Report::Terminal) => {
                 let terminal = Raw::enter()?;
                 monitor.go(terminal.size())?;

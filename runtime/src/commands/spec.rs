@@ -1,8 +1,7 @@
 //! `spec`: writes a first `config.json`, the one that `runc spec` writes, for a person to edit.
 //!
 //! As runc's, it has a cgroup namespace where the host has cgroup v2.
-//! Two things must differ: the hostname, and that `--rootless` keeps the network namespace and the sysfs of its own,
-//! because a virtual machine cannot share the host's.
+//! Only the hostname differs.
 
 use std::{
     fs::OpenOptions,
@@ -57,6 +56,16 @@ fn with_namespace(text: &str, kind: &str) -> String {
     text.replace(end, &longer)
 }
 
+/// What else differs then: who shares the host's network may neither mount a sysfs nor name groups.
+const REPLACED: &[(&str, &str)] = &[
+    ("\"mode=0620\",\n\t\t\t\t\"gid=5\"", "\"mode=0620\""),
+    ("\n\t\t\t{\n\t\t\t\t\"type\": \"network\"\n\t\t\t},", ""),
+    (
+        "\"type\": \"sysfs\",\n\t\t\t\"source\": \"sysfs\",\n\t\t\t\"options\": [\n",
+        "\"type\": \"none\",\n\t\t\t\"source\": \"/sys\",\n\t\t\t\"options\": [\n\t\t\t\t\"rbind\",\n",
+    ),
+];
+
 /// The default for a caller without root's rights: one user, mapped to root in the container, no groups, no limits.
 fn rootless(default: &str) -> String {
     let user = rustix::process::geteuid().as_raw();
@@ -77,7 +86,9 @@ fn rootless(default: &str) -> String {
         default.get(after..).unwrap_or_default(),
     ]
     .concat();
-    let text = text.replace("\"mode=0620\",\n\t\t\t\t\"gid=5\"", "\"mode=0620\"");
+    let text = REPLACED
+        .iter()
+        .fold(text, |text, (from, to)| text.replace(from, to));
     with_namespace(&text, "user")
 }
 
@@ -115,7 +126,8 @@ mod tests {
             kinds(&text(false, true)),
             [&older[..], &["cgroup"]].concat()
         );
-        assert_eq!(kinds(&text(true, false)), [&older[..], &["user"]].concat());
+        let of_user = ["pid", "ipc", "uts", "mount", "user"];
+        assert_eq!(kinds(&text(true, false)), of_user);
     }
 
     #[test]
@@ -138,7 +150,8 @@ mod tests {
         for rootless in [false, true] {
             let (dir, _) = written(rootless);
             fs::create_dir(dir.path().join("rootfs")).unwrap();
-            let bundle = Bundle::load(dir.path(), &Config::default()).unwrap();
+            let bundle = Bundle::load_undecided(dir.path(), &Config::default()).unwrap();
+            bundle.check_alone(rootless).unwrap();
             assert_eq!(
                 bundle.spec.process().as_ref().unwrap().terminal(),
                 Some(true)
@@ -153,8 +166,18 @@ mod tests {
         assert_eq!(linux["uidMappings"][0]["containerID"], 0);
         assert_eq!(linux["gidMappings"][0]["size"], 1);
         assert_eq!(linux["resources"], Value::Null);
-        let wanted = ["pid", "network", "ipc", "uts", "mount", "cgroup", "user"];
+        let wanted = ["pid", "ipc", "uts", "mount", "cgroup", "user"];
         assert_eq!(kinds(&text(true, true)), wanted);
+        let mounts = value["mounts"].as_array().unwrap();
+        let sys = mounts
+            .iter()
+            .find(|it| it["destination"] == "/sys")
+            .unwrap();
+        assert_eq!(
+            (&sys["type"], &sys["source"]),
+            (&"none".into(), &"/sys".into())
+        );
+        assert_eq!(sys["options"][0], "rbind");
         assert!(!value.to_string().contains("gid=5"));
     }
 }

@@ -15,7 +15,13 @@ use super::Config;
 const PREFIX: &str = "io.caisson.";
 
 /// The keys that no annotation may change, listed or not: they are about the host.
-const FIXED: &[&str] = &["vmm", "allow_vm_section", "allowed_annotations"];
+const FIXED: &[&str] = &[
+    "vmm",
+    "passt",
+    "user_network",
+    "allow_vm_section",
+    "allowed_annotations",
+];
 
 /// Why a container's annotations are refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

@@ -28,8 +28,9 @@ use crate::{
     control::{ControlError, Listener},
     forwarded::Signals,
     guest_spec,
+    identities::{self, Identities, IdentityError},
     log::{Log, LogError},
-    network::{Network, NetworkError, resolver},
+    network::{Network, NetworkError, UserNetwork, resolver},
     packet::{PacketError, Packets},
     preserved,
     sandbox::{
@@ -60,6 +61,8 @@ pub(super) enum CreateError {
     State(#[from] StateError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]
@@ -124,14 +127,15 @@ pub(super) async fn create(
         None => None,
     };
     let config = Config::load()?;
-    let bundle = Bundle::load_member(&order.bundle, &config)?;
+    let bundle = Bundle::load_undecided(&order.bundle, &config)?;
     let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
     let joins = Sharer::find(&bundle.spec, &order.root);
     if joins.is_none() {
-        bundle.check_alone()?;
+        bundle.check_alone(config.user_network || order.cgroups.rootless.applies())?;
     } else {
         bundle.check_joining()?;
     }
+    let identities = Identities::of_caller(&bundle.spec)?;
     let caller = Caller {
         detach: order.detach,
         console_socket: order.console_socket.is_some(),
@@ -154,6 +158,14 @@ pub(super) async fn create(
         state.systemd_unit = cgroup.unit().map(str::to_owned);
         dir.store(&state)?;
     }
+    // Both while this process is where its caller is.
+    let user_network = match bundle.is_without_network() {
+        true => Some(user_network(&config, report).await?),
+        false => None,
+    };
+    if let Some(identities) = identities {
+        take_on(identities, report).await?;
+    }
     let hooks = HostHooks::of(&bundle.spec);
     hooks
         .store(dir.path())
@@ -171,6 +183,9 @@ pub(super) async fn create(
         shm::localize(&mut spec);
     }
     let (mut guest, mut host_files) = guest_spec::split(id, &bundle.path, spec.clone());
+    if bundle.is_without_network() {
+        guest_spec::add_network(&mut guest);
+    }
     let shared_memory_bytes = shares_memory
         .then(|| shm::share(&mut guest, &mut host_files))
         .flatten();
@@ -182,6 +197,9 @@ pub(super) async fn create(
         None => {
             share::enter_private_namespace()?;
             let mut network = Network::enter(bundle.network_path(), dir.path())?;
+            if let Some(user_network) = user_network.flatten() {
+                network.add_user_network(user_network)?;
+            }
             let networks = network.boot(config.spare_interfaces)?;
             let share = Share::make(&dir.path().join("share"))?;
             share.add(id, &host_files)?;
@@ -311,6 +329,28 @@ pub(super) async fn create(
             Err(error)
         }
     }
+}
+
+/// The network of a container that is to have the caller's.
+async fn user_network(
+    config: &Config,
+    report: &Packets,
+) -> Result<Option<UserNetwork>, CreateError> {
+    let started = UserNetwork::start(config)?;
+    if started.is_none() {
+        let text = "the container has loopback only: no default route leads out of this host";
+        report.send(&Report::Warning(text.to_owned()), &[]).await?;
+    }
+    Ok(started)
+}
+
+/// Moves this process, which has one thread, into the user namespace of an ordinary user's sandbox.
+async fn take_on(identities: Identities, report: &Packets) -> Result<(), CreateError> {
+    if identities.enter()? {
+        report.send(&Report::Identities(identities), &[]).await?;
+        go(report).await?;
+    }
+    Ok(identities::keep_rights()?)
 }
 
 /// Where a container's sandbox comes from.

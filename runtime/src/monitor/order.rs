@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     cgroup::Terms,
+    identities::Identities,
     packet::{self, PacketError},
     state::ContainerId,
     terminal::Size,
@@ -46,7 +47,7 @@ pub struct Order {
     pub log: Option<(PathBuf, String, bool)>,
 }
 
-/// What the monitor tells its caller, in this order; each of the first four may be missing.
+/// What the monitor tells its caller, in this order; each of the first five may be missing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
@@ -54,6 +55,8 @@ pub enum Report {
     Claimed,
     /// Something was not done as asked.
     Warning(String),
+    /// The monitor is in a user namespace of its own: map these there, then answer with [`Go`].
+    Identities(Identities),
     /// The container's terminal is the caller's: answer with [`Go`] when it is in raw mode.
     Terminal,
     /// The virtual machine is up. Run `prestart` and `createRuntime`, then answer with [`Go`].

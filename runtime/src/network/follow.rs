@@ -148,7 +148,7 @@ impl Change {
 }
 
 async fn plug(plugs: Vec<Plug>, sandbox: &Sandbox) -> Result<(), SandboxError> {
-    for Plug { slot, mac, tap } in plugs {
+    for Plug { slot, mac, tap, .. } in plugs {
         sandbox.plug(slot, mac, tap).await?;
     }
     Ok(())

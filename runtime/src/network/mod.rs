@@ -8,6 +8,7 @@
 //! | `joint.rs`, `tap.rs` | an interface joined to a tap |
 //! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
 //! | `follow.rs` | the guest follows while the container lives |
+//! | `outside.rs`, `passt.rs` | without a namespace: a user-mode network that looks like the host's |
 //!
 //! Contract: interfaces that are there when the virtual machine starts are devices from its first instruction; those
 //! that appear later (hooks, engines that connect a running container) take one of its spare devices. The guest gets
@@ -19,6 +20,8 @@ mod follow;
 mod joint;
 mod namespace;
 mod netlink;
+mod outside;
+mod passt;
 pub mod resolver;
 mod tap;
 mod view;
@@ -31,17 +34,23 @@ use std::{
 };
 
 use caisson_agent_api::{self as api, netlink::Builder};
-use caisson_vmm_spec::{MAX_NETWORKS, NETWORK_DEVICES_FROM};
+use caisson_vmm_spec::{MAX_NETWORKS, NETWORK_DEVICES_FROM, NetworkKind};
 use serde::{Deserialize, Serialize};
 
-pub use self::follow::{Askers, Follower, Following, follow, follow_in_background};
+pub use self::{
+    follow::{Askers, Follower, Following, follow, follow_in_background},
+    passt::PasstError,
+};
 use self::{
     joint::Joint,
     namespace::Place,
     netlink::{Notices, Socket},
+    outside::Outside,
+    passt::Passt,
     tap::Tap,
     view::{Difference, Interface, Listings, View},
 };
+use crate::config::Config;
 pub use caisson_agent_api::Network as Connections;
 
 /// Name of the file in the state directory that says where something may have been left.
@@ -81,6 +90,9 @@ pub enum NetworkError {
         /// Why.
         source: io::Error,
     },
+    /// The user-mode network.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
     /// A step on the host.
     #[error("{step}")]
     Host {
@@ -95,7 +107,7 @@ fn host(step: &'static str) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Host { step, source }
 }
 
-/// A tap and the MAC address of its interface.
+/// A tap, or what stands in for one, and the MAC address of its interface.
 #[derive(Debug)]
 pub struct Plug {
     /// Which of the virtual machine's interfaces.
@@ -104,6 +116,8 @@ pub struct Plug {
     pub mac: [u8; 6],
     /// For the VMM.
     pub tap: OwnedFd,
+    /// What that is.
+    pub kind: NetworkKind,
 }
 
 /// What a change on the host means for the virtual machine, in this order.
@@ -121,7 +135,27 @@ pub struct Change {
 #[derive(Debug)]
 struct Occupant {
     index: u32,
-    joint: Joint,
+    /// None for the user-mode network's.
+    joint: Option<Joint>,
+}
+
+/// A network of the caller's own, in place of a namespace with interfaces.
+#[derive(Debug)]
+pub struct UserNetwork {
+    outside: Outside,
+    passt: Passt,
+}
+
+impl UserNetwork {
+    /// One that looks like the network of the current namespace and leads into it; `None` if nothing leads out of that.
+    pub fn start(config: &Config) -> Result<Option<Self>, NetworkError> {
+        let outside = Outside::look().map_err(host("look at the host's network"))?;
+        let Some(outside) = outside else {
+            return Ok(None);
+        };
+        let passt = Passt::start(config, &outside)?;
+        Ok(Some(Self { outside, passt }))
+    }
 }
 
 /// What is in the file [`RECORD`].
@@ -145,9 +179,18 @@ pub struct Network {
     inside: bool,
     record: PathBuf,
     complaints: Vec<String>,
+    /// Ended when dropped.
+    user: Option<UserNetwork>,
 }
 
 impl Network {
+    /// Gives the guest a user-mode network, besides what will be in the namespace.
+    pub fn add_user_network(&mut self, user: UserNetwork) -> Result<(), NetworkError> {
+        self.user = Some(user);
+        self.view = self.look()?;
+        Ok(())
+    }
+
     /// Moves this process, which has one thread, into the container's namespace: that at `path`, or a new one.
     pub fn enter(path: Option<&Path>, state_dir: &Path) -> Result<Self, NetworkError> {
         let place = match path {
@@ -204,6 +247,7 @@ impl Network {
             inside: true,
             record: state_dir.join(RECORD),
             complaints: Vec::new(),
+            user: None,
         }
     }
 
@@ -268,9 +312,9 @@ impl Network {
         for index in &difference.resized {
             let occupant = self.slots.iter().flatten().find(|it| it.index == *index);
             if let (Some(occupant), Some(now)) = (occupant, next.interfaces.get(index)) {
-                occupant
-                    .joint
-                    .resize(now.mtu)
+                let joint = occupant.joint.as_ref();
+                joint
+                    .map_or(Ok(()), |joint| joint.resize(now.mtu))
                     .map_err(host("set a tap's MTU"))?;
             }
         }
@@ -311,19 +355,37 @@ impl Network {
             let name = || interface.name.clone();
             let free = self.slots.iter().position(Option::is_none);
             let free = free.ok_or_else(|| NetworkError::Full { name: name() })?;
+            // There are at most `MAX_NETWORKS`.
+            let slot = u8::try_from(free).unwrap_or(u8::MAX);
+            let (index, mac) = (*index, interface.mac);
+            if let Some(user) = self.user.as_mut().filter(|it| it.outside.index == index) {
+                let tap = user.passt.socket(&user.outside)?;
+                let kind = NetworkKind::Stream;
+                self.slots[free] = Some(Occupant { index, joint: None });
+                plugs.push(Plug {
+                    slot,
+                    mac,
+                    tap,
+                    kind,
+                });
+                continue;
+            }
             let made = self
                 .tap()
-                .and_then(|tap| Joint::make(&self.socket, *index, interface, tap));
+                .and_then(|tap| Joint::make(&self.socket, index, interface, tap));
             let (joint, tap) = made.map_err(|source| {
                 let name = name();
                 NetworkError::Connect { name, source }
             })?;
-            let index = *index;
+            let joint = Some(joint);
             self.slots[free] = Some(Occupant { index, joint });
-            // There are at most `MAX_NETWORKS`.
-            let slot = u8::try_from(free).unwrap_or(u8::MAX);
-            let mac = interface.mac;
-            plugs.push(Plug { slot, mac, tap });
+            let kind = NetworkKind::Tap;
+            plugs.push(Plug {
+                slot,
+                mac,
+                tap,
+                kind,
+            });
         }
         self.keep_record()
             .map_err(host("write down what is connected"))?;
@@ -381,13 +443,20 @@ impl Network {
                 .list(Builder::new(what, 0, body))
                 .map_err(host("look at the network namespace"))
         };
-        let view = View::of(&Listings {
+        let mut listings = Listings {
             links: list(libc::RTM_GETLINK, &[0; 16])?,
             addresses: list(libc::RTM_GETADDR, &[0; 8])?,
             routes: list(libc::RTM_GETROUTE, &[0; 12])?,
             neighbours: list(libc::RTM_GETNEIGH, &[0; 12])?,
             rules: list(libc::RTM_GETRULE, &[0; 12])?,
-        });
+        };
+        if let Some(user) = &self.user {
+            let more = user.outside.listings();
+            listings.links.extend(more.links);
+            listings.addresses.extend(more.addresses);
+            listings.routes.extend(more.routes);
+        }
+        let view = View::of(&listings);
         let complaint = |(name, why): &(String, &'static str)| {
             format!("network interface {name} does not appear in the guest: {why}")
         };

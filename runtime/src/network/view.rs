@@ -18,14 +18,14 @@ pub(super) const TAP_PREFIX: &str = "caisson";
 /// The loopback interface's number, in every namespace.
 const LOOPBACK: u32 = 1;
 
-const ARPHRD_ETHER: u16 = 1;
+pub(super) const ARPHRD_ETHER: u16 = 1;
 /// `linux/if_link.h`, the nested attributes of an interface's IPv6 configuration.
 const IFLA_INET6_CONF: u16 = 2;
 /// `linux/ipv6.h`, `DEVCONF_DISABLE_IPV6`: an index into the above.
 const DISABLE_IPV6: usize = 26;
 
 /// `linux/if_addr.h`
-const IFA_FLAGS: u16 = 8;
+pub(super) const IFA_FLAGS: u16 = 8;
 const IFA_RT_PRIORITY: u16 = 9;
 /// `IFA_F_NODAD`: the host has looked for duplicates.
 const NO_DUPLICATES: u32 = 0x2;

@@ -117,12 +117,27 @@ pub struct ShareSpec {
     pub root: Fd,
 }
 
-/// A network interface on a tap.
+/// What is behind a network interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NetworkKind {
+    /// An attached tap, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking.
+    #[default]
+    Tap,
+    /// A connected stream socket, non-blocking, that carries Ethernet frames, each behind its length (32 bits,
+    /// big-endian). Such an interface stays for the life of the machine.
+    Stream,
+}
+
+/// A network interface.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkSpec {
-    /// An attached tap, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking.
+    /// What [`NetworkSpec::kind`] says.
     pub tap: Fd,
+    /// What it is.
+    #[serde(default)]
+    pub kind: NetworkKind,
     /// The guest's MAC address.
     pub mac: [u8; 6],
 }

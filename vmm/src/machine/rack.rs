@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use caisson_vmm_spec::{Event, MAX_NETWORKS, NETWORK_DEVICES_FROM};
+use caisson_vmm_spec::{Event, MAX_NETWORKS, NETWORK_DEVICES_FROM, NetworkKind};
 
 use super::files::DeviceFiles;
 use super::{SetupError, host};
@@ -21,7 +21,7 @@ use crate::counters::Counters;
 use crate::devices::balloon::Balloon;
 use crate::devices::block::Block;
 use crate::devices::fs::Fs;
-use crate::devices::net::{Net, Port};
+use crate::devices::net::{Net, Port, StreamNet};
 use crate::devices::rng::Rng;
 use crate::devices::vsock::muxer::Owner;
 use crate::devices::vsock::{Dials, Vsock};
@@ -141,13 +141,19 @@ impl<'a> Rack<'a> {
         files: DeviceFiles,
     ) -> Result<Vec<Arc<Port>>, SetupError> {
         let ports = networks(files.networks.len(), usize::from(files.spare_networks))?;
-        for (port, (spec, tap)) in ports.iter().zip(files.networks) {
-            port.plug(tap, spec.mac);
+        let mut streams = vec![false; ports.len()];
+        for ((port, (spec, file)), stream) in ports.iter().zip(files.networks).zip(&mut streams) {
+            port.plug(file, spec.mac);
+            *stream = spec.kind == NetworkKind::Stream;
         }
         debug_assert_eq!(self.transports.len(), NETWORK_DEVICES_FROM as usize);
-        for (index, port) in ports.iter().enumerate() {
-            let net = Net::new(&format!("net{index}"), port, self.mem, self.counters);
-            self.add(Box::new(net))?;
+        for (index, (port, stream)) in ports.iter().zip(streams).enumerate() {
+            let name = format!("net{index}");
+            self.add(if stream {
+                Box::new(StreamNet::new(&name, port, self.mem, self.counters))
+            } else {
+                Box::new(Net::new(&name, port, self.mem, self.counters))
+            })?;
         }
         for (index, (spec, file)) in files.disks.into_iter().enumerate() {
             let name = format!("blk{index}");

@@ -2,7 +2,7 @@
 
 use std::{fmt, io::ErrorKind};
 
-use super::probe::{Cgroup, Host};
+use super::probe::{Cgroup, Host, User};
 
 /// The API version that KVM has had since Linux 2.6.22.
 const KVM_API: i32 = 12;
@@ -66,6 +66,7 @@ impl fmt::Display for Finding {
 pub(super) fn judge(host: &Host) -> Vec<Finding> {
     let mut findings = vec![virtualization(host), kvm(host), kernel(host), cgroup(host)];
     findings.extend([files(host), tun(host), user_namespaces(host)]);
+    findings.extend(host.user.iter().flat_map(user));
     findings.extend([mitigations(host), smt(host), ksm(host), swap(host)]);
     findings
 }
@@ -113,8 +114,10 @@ fn kvm(host: &Host) -> Finding {
             "modprobe kvm_intel (or kvm_amd)",
         ),
         Err(ErrorKind::PermissionDenied) => {
-            let advice = "run as root, or add yourself to the group that owns it (usually kvm)";
-            Finding::new(Grade::Missing, what, "may not be opened", advice)
+            let owner = host.user.as_ref().map_or("root", |user| &user.kvm_owner);
+            let seen = format!("belongs to {owner}: may not be opened");
+            let advice = "run as root, or add yourself to its group (usermod -aG) and log in anew";
+            Finding::new(Grade::Missing, what, seen, advice)
         }
         Err(kind) => {
             let seen = format!("cannot be opened: {kind}");
@@ -215,6 +218,53 @@ fn user_namespaces(host: &Host) -> Finding {
     }
 }
 
+/// What an ordinary user's containers need beyond that.
+fn user(user: &User) -> [Finding; 3] {
+    let what = "other users";
+    let others = match (user.maps_others, user.others) {
+        (true, [users, groups]) if users > 0 && groups > 0 => Finding::new(
+            Grade::Fine,
+            what,
+            format!("{users} users and {groups} groups may be mapped"),
+            "",
+        ),
+        (false, _) => Finding::new(
+            Grade::Note,
+            what,
+            "newuidmap and newgidmap are not there",
+            "install uidmap; without it a container has you as its root and nobody else",
+        ),
+        _ => Finding::new(
+            Grade::Note,
+            what,
+            "/etc/subuid or /etc/subgid has none for you",
+            "usermod --add-subuids 200000-265535 --add-subgids 200000-265535 YOU",
+        ),
+    };
+    let what = "network";
+    let (passt, is_there) = &user.passt;
+    let network = match is_there {
+        true => Finding::new(Grade::Fine, what, format!("by {}", passt.display()), ""),
+        false => Finding::new(
+            Grade::Note,
+            what,
+            format!("{} is not there", passt.display()),
+            "install passt; without it only containers with a network namespace (loopback) can run",
+        ),
+    };
+    let what = "state";
+    let state = match user.has_runtime_dir {
+        true => Finding::new(Grade::Fine, what, "in XDG_RUNTIME_DIR", ""),
+        false => Finding::new(
+            Grade::Note,
+            what,
+            "XDG_RUNTIME_DIR is not set",
+            "log in by way of systemd (PAM), or give --root",
+        ),
+    };
+    [others, network, state]
+}
+
 fn mitigations(host: &Host) -> Finding {
     let what = "CPU mitigations";
     let open: Vec<_> = host
@@ -293,8 +343,44 @@ mod tests {
             smt: Some(false),
             ksm: Some(false),
             swap_bytes: 0,
+            user: None,
             config: Ok(Vec::new()),
         }
+    }
+
+    #[test]
+    fn a_user_hears_what_works_for_him() {
+        let user = |maps_others, others, passt, has_runtime_dir| Host {
+            user: Some(User {
+                maps_others,
+                others,
+                passt: ("/usr/bin/passt".into(), passt),
+                kvm_owner: "group kvm".into(),
+                has_runtime_dir,
+            }),
+            ..good()
+        };
+        assert_eq!(complaints(&user(true, [65_536; 2], true, true)), [""; 0]);
+        for (host, words) in [
+            (user(false, [1; 2], true, true), "install uidmap"),
+            (user(true, [0, 1], true, true), "/etc/subuid or /etc/subgid"),
+            (user(true, [1; 2], false, true), "install passt"),
+            (
+                user(true, [1; 2], true, false),
+                "XDG_RUNTIME_DIR is not set",
+            ),
+        ] {
+            let complaints = complaints(&host);
+            assert!(
+                complaints.len() == 1 && complaints[0].contains(words),
+                "{complaints:?}"
+            );
+        }
+        let denied = Host {
+            kvm: Err(ErrorKind::PermissionDenied),
+            ..user(true, [1; 2], true, true)
+        };
+        assert!(complaints(&denied)[0].contains("belongs to group kvm"));
     }
 
     /// The lines that are not fine.

@@ -1,11 +1,11 @@
 //! Gathers the facts about this host that `judge.rs` needs. Changes nothing; what cannot be read is `None`.
 
 use std::{
-    fs, io,
+    env, fs, io,
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{Access, Mode, OFlags, open};
 
 use crate::config::{Config, ConfigError};
 
@@ -31,8 +31,25 @@ pub(super) struct Host {
     pub(super) ksm: Option<bool>,
     /// Bytes of swap.
     pub(super) swap_bytes: u64,
+    /// What only somebody else than root needs.
+    pub(super) user: Option<User>,
     /// The host's configuration and which of its files are missing.
     pub(super) config: Result<Vec<PathBuf>, String>,
+}
+
+/// The caller, if that is an ordinary user.
+#[derive(Debug, Clone)]
+pub(super) struct User {
+    /// `newuidmap` and `newgidmap` are in `PATH`.
+    pub(super) maps_others: bool,
+    /// How many users `/etc/subuid` gives the caller, and groups `/etc/subgid`.
+    pub(super) others: [u64; 2],
+    /// The configuration's passt, and whether it can be started.
+    pub(super) passt: (PathBuf, bool),
+    /// Whom `/dev/kvm` belongs to: `group kvm`.
+    pub(super) kvm_owner: String,
+    /// `XDG_RUNTIME_DIR` is there, where the state is kept.
+    pub(super) has_runtime_dir: bool,
 }
 
 /// Which version is mounted on `/sys/fs/cgroup`.
@@ -65,8 +82,52 @@ pub(super) fn host() -> Host {
         swap_bytes: meminfo
             .totalswap
             .saturating_mul(u64::from(meminfo.mem_unit)),
+        user: (!rustix::process::geteuid().is_root()).then(user),
         config: config(),
     }
+}
+
+fn user() -> User {
+    let is_program = |path: &Path| rustix::fs::access(path, Access::EXEC_OK).is_ok();
+    let path = env::var_os("PATH").unwrap_or_default();
+    let is_found = |name: &str| env::split_paths(&path).any(|dir| is_program(&dir.join(name)));
+    let uid = rustix::process::geteuid().as_raw();
+    let name = fs::read_to_string("/etc/passwd")
+        .ok()
+        .and_then(|users| user_name(&users, uid));
+    let others = ["/etc/subuid", "/etc/subgid"].map(|file| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        subordinates(&text, name.as_deref(), uid)
+    });
+    let passt = Config::load().unwrap_or_default().passt;
+    User {
+        maps_others: is_found("newuidmap") && is_found("newgidmap"),
+        others,
+        passt: (passt.clone(), is_program(&passt)),
+        kvm_owner: crate::vmm::kvm_owner(),
+        has_runtime_dir: env::var_os("XDG_RUNTIME_DIR").is_some_and(|dir| Path::new(&dir).is_dir()),
+    }
+}
+
+/// passwd(5).
+fn user_name(users: &str, uid: u32) -> Option<String> {
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
+    })
+}
+
+/// The sum of a user's ranges: subuid(5).
+fn subordinates(text: &str, name: Option<&str>, uid: u32) -> u64 {
+    let counts = text.lines().filter_map(|line| {
+        let mut fields = line.trim().split(':');
+        let owner = fields.next()?;
+        let is_callers = Some(owner) == name || owner.parse() == Ok(uid);
+        let count: u64 = fields.nth(1)?.parse().ok()?;
+        is_callers.then_some(count)
+    });
+    counts.sum()
 }
 
 fn open_rw(path: &str) -> Result<std::os::fd::OwnedFd, io::ErrorKind> {
@@ -133,6 +194,16 @@ mod tests {
         let text = "processor\t: 0\nflags\t\t: fpu svm\n\nprocessor\t: 1\nflags\t\t: vmx\n";
         assert_eq!(cpu_flags(text), ["fpu", "svm"]);
         assert!(cpu_flags("").is_empty());
+    }
+
+    #[test]
+    fn a_users_ranges_are_found_by_name_and_by_number() {
+        let users = "root:x:0:0::/root:/bin/sh\nalice:x:1000:1000::/home/alice:/bin/sh\n";
+        assert_eq!(user_name(users, 1000).as_deref(), Some("alice"));
+        assert_eq!(user_name(users, 7), None);
+        let text = "bob:100000:65536\nalice:200000:1000\n1000:300000:24\nalice:broken\n";
+        assert_eq!(subordinates(text, Some("alice"), 1000), 1024);
+        assert_eq!(subordinates(text, None, 7), 0);
     }
 
     #[test]

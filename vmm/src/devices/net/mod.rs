@@ -6,6 +6,7 @@
 //! | `transmit.rs` | packets of the guest to the tap |
 //! | `port.rs` | what the interface is connected to, plugged and unplugged while the guest runs |
 //! | `tap.rs` | what the tap is told: header size, offloads (`unsafe`) |
+//! | `stream.rs`, `frames.rs` | the device on a stream socket in place of a tap |
 //!
 //! Contract: a packet moves with one system call between tap and guest memory, with its virtio header, which the tap
 //! speaks too; we read nothing of it. Checksums and TCP segmentation are left undone between guest and host where both
@@ -16,8 +17,10 @@
 //! Seam: a filter on source addresses belongs into `transmit.rs`, on a private copy of the packet's head.
 //! Spec: virtio 1.2, 5.1.
 
+mod frames;
 mod port;
 mod receive;
+mod stream;
 mod tap;
 mod transmit;
 
@@ -37,6 +40,7 @@ use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, Io};
 
 pub use port::Port;
 use receive::{Receiver, Stop};
+pub use stream::StreamNet;
 
 /// The device's kind while something is plugged in.
 pub const VIRTIO_ID_NET: u32 = 1;
@@ -70,6 +74,17 @@ struct Traffic {
     dropped: Counter,
 }
 
+impl Traffic {
+    fn new(name: &str, counters: &Counters) -> Self {
+        let counter = |what: &str| counters.register(format!("{name}.{what}"));
+        Self {
+            received: counter("received"),
+            sent: counter("sent"),
+            dropped: counter("dropped"),
+        }
+    }
+}
+
 /// Whether the thread is told of packets in the tap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Watched {
@@ -98,17 +113,12 @@ pub struct Net {
 impl Net {
     /// An interface on whatever is plugged into `port`.
     pub fn new(name: &str, port: &Arc<Port>, mem: &Mem, counters: &Counters) -> Self {
-        let counter = |what: &str| counters.register(format!("{name}.{what}"));
         Self {
             name: name.into(),
             port: port.clone(),
             config: port.config().clone(),
             mem: mem.clone(),
-            traffic: Traffic {
-                received: counter("received"),
-                sent: counter("sent"),
-                dropped: counter("dropped"),
-            },
+            traffic: Traffic::new(name, counters),
             tap: None,
             receiver: None,
             watched: Watched::Gone,
@@ -252,6 +262,7 @@ impl Device for Net {
 #[allow(clippy::unwrap_used, reason = "for tests: a failure is a failed test")]
 pub fn fuzz(bytes: &[u8]) {
     use crate::fuzzing::Image;
+    frames::fuzz(bytes);
     let (tap, wire) = std::os::unix::net::UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
     for mergeable in [false, true] {

@@ -86,7 +86,7 @@ impl Receiver {
     }
 
     /// Takes chains until the largest packet fits. Without mergeable buffers that is one chain, whatever its size.
-    fn gather(&mut self, queue: &mut Queue) -> Result<bool, GuestFault> {
+    pub(super) fn gather(&mut self, queue: &mut Queue) -> Result<bool, GuestFault> {
         while self.at_hand.is_empty() || (self.mergeable && self.at_hand_bytes < self.room) {
             let mut chain = self.spare.pop().unwrap_or_else(|| Chain::new(&self.mem));
             if !queue.pop(&mut chain)? {
@@ -114,6 +114,35 @@ impl Receiver {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             read => read,
         }
+    }
+
+    /// Puts a frame, behind a header that asks for nothing, into what [`Receiver::gather`] has brought. `false`: it does
+    /// not fit, which without mergeable buffers the guest decides.
+    pub(super) fn put(&mut self, queue: &mut Queue, frame: &[u8]) -> Result<bool, GuestFault> {
+        let chains = if self.mergeable {
+            self.at_hand.len()
+        } else {
+            1
+        };
+        let len = HEADER_BYTES + frame.len();
+        let at_hand = self.at_hand.iter().take(chains);
+        if at_hand.clone().map(Chain::writable_len).sum::<usize>() < len {
+            return Ok(false);
+        }
+        let mut slices = at_hand.flat_map(|chain| chain.writable().iter().copied());
+        let mut here = slices.next();
+        for mut part in [&[0; HEADER_BYTES][..], frame] {
+            while let (false, Some(slice)) = (part.is_empty(), here) {
+                let copied = slice.copy_from(part);
+                part = &part[copied..];
+                here = match copied < slice.len() {
+                    true => Some(slice.part(copied, slice.len())),
+                    false => slices.next(),
+                };
+            }
+        }
+        self.deliver(queue, len)?;
+        Ok(true)
     }
 
     /// Returns the chains that `len` bytes fill to the guest.
@@ -222,6 +251,35 @@ mod tests {
             "the buffer that was left came next"
         );
         assert_eq!(bench.driver.get(at[3], 12)[10..], [1, 0]);
+    }
+
+    #[test]
+    fn a_frame_is_put_behind_an_empty_header_across_buffers() {
+        let mut bench = bench(1000, true);
+        let at = [13, 20, 1000].map(|len| bench.driver.offer(&[], &[len])[0]);
+        let frame: Vec<u8> = (1..=30).collect();
+        let Bench {
+            driver, receiver, ..
+        } = &mut bench;
+        assert!(receiver.gather(&mut driver.queue).unwrap());
+        assert!(receiver.put(&mut driver.queue, &frame).unwrap());
+        assert_eq!(driver.get(at[0], 13)[9..], [0, 3, 0, 1]);
+        assert_eq!(driver.get(at[1], 20), frame[1..21]);
+        assert_eq!(driver.get(at[2], 9), frame[21..]);
+    }
+
+    #[test]
+    fn a_frame_larger_than_the_only_buffer_is_not_put() {
+        let mut bench = bench(100, false);
+        bench.driver.offer(&[], &[60]);
+        assert!(bench.receiver.gather(&mut bench.driver.queue).unwrap());
+        let put = |bench: &mut Bench, len| {
+            let frame = vec![1; len];
+            bench.receiver.put(&mut bench.driver.queue, &frame).unwrap()
+        };
+        assert!(!put(&mut bench, 49));
+        assert!(put(&mut bench, 48));
+        assert_eq!(bench.driver.used().0, 1);
     }
 
     #[test]
