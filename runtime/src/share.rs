@@ -26,7 +26,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags},
+    fs::{Mode, OFlags, StatVfsMountFlags},
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
         MoveMountFlags, OpenTreeFlags, UnmountFlags,
@@ -437,12 +437,22 @@ fn detach_from_host(target: &Path) -> Result<(), ShareError> {
 }
 
 fn make_read_only(target: &Path) -> Result<(), ShareError> {
-    let flags = MountFlags::BIND | MountFlags::RDONLY;
-    at(
-        "make read-only",
-        target,
-        rustix::mount::mount_remount(target, flags, c"").map_err(Into::into),
-    )
+    // What the mount has been forbidden so far stays forbidden: in a user namespace nobody may take it back.
+    let remounted = rustix::fs::statvfs(target).and_then(|now| {
+        let kept = [
+            (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+            (StatVfsMountFlags::NODEV, MountFlags::NODEV),
+            (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        ];
+        let kept = kept
+            .into_iter()
+            .filter(|(seen, _)| now.f_flag.contains(*seen));
+        let flags = kept.fold(MountFlags::BIND | MountFlags::RDONLY, |all, (_, flag)| {
+            all | flag
+        });
+        rustix::mount::mount_remount(target, flags, c"")
+    });
+    at("make read-only", target, remounted.map_err(Into::into))
 }
 
 /// Mounts an empty tmpfs of at most `size`, in tmpfs's notation.
