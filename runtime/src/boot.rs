@@ -110,6 +110,7 @@ impl Boot<'_> {
             share: share.root()?,
             networks,
             spare_networks,
+            vhost_net: config.vhost_net,
             console: config.debug_console.then(|| log_file(dir)).transpose()?,
             alive: Some(lock_file(dir)?),
             cgroup: cgroup.as_ref().map(AsFd::as_fd),

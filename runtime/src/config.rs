@@ -28,6 +28,11 @@ pub const PATH_VARIABLE: &str = "CAISSON_CONFIG";
 /// The configuration file as it would be written to hold the defaults, with a comment for each key.
 pub const DEFAULT_FILE: &str = include_str!("config.toml");
 
+/// Bytes per second that can be a limit: up to a terabit.
+const NETWORK_RATES: std::ops::RangeInclusive<u64> = 1024..=125_000_000_000;
+/// A burst holds the largest packet.
+const NETWORK_BURSTS: std::ops::RangeInclusive<u32> = 64 << 10..=1 << 30;
+
 /// What the file says, or the defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -60,6 +65,22 @@ pub struct Config {
     pub user_network_dns: String,
     /// Its gateway's address is the host's loopback.
     pub user_network_host: bool,
+    /// Drop what a container sends from a MAC address that is not its interface's.
+    pub network_source_mac_filter: bool,
+    /// What each interface may receive, in bytes per second. 0: no limit.
+    pub network_rx_bytes_per_second: u64,
+    /// What it may receive at once.
+    pub network_rx_burst_bytes: u32,
+    /// How many packets it may receive per second. 0: no limit.
+    pub network_rx_packets_per_second: u32,
+    /// What each interface may send, in bytes per second. 0: no limit.
+    pub network_tx_bytes_per_second: u64,
+    /// What it may send at once.
+    pub network_tx_burst_bytes: u32,
+    /// How many packets it may send per second. 0: no limit.
+    pub network_tx_packets_per_second: u32,
+    /// Have the host's kernel move the packets of network interfaces, where it can.
+    pub vhost_net: bool,
     /// Ask the host for huge pages.
     pub huge_pages: bool,
     /// How long a guest may take from its first instruction until its agent answers. 0: no limit.
@@ -89,6 +110,14 @@ impl Default for Config {
             user_network_udp: String::new(),
             user_network_dns: String::new(),
             user_network_host: false,
+            network_source_mac_filter: false,
+            network_rx_bytes_per_second: 0,
+            network_rx_burst_bytes: 256 << 10,
+            network_rx_packets_per_second: 0,
+            network_tx_bytes_per_second: 0,
+            network_tx_burst_bytes: 256 << 10,
+            network_tx_packets_per_second: 0,
+            vhost_net: false,
             huge_pages: true,
             boot_timeout_ms: 30_000,
             debug_console: false,
@@ -194,6 +223,28 @@ impl Config {
         if self.spare_interfaces > 8 {
             return Err(("spare_interfaces", "0 to 8"));
         }
+        for (key, rate) in [
+            (
+                "network_rx_bytes_per_second",
+                self.network_rx_bytes_per_second,
+            ),
+            (
+                "network_tx_bytes_per_second",
+                self.network_tx_bytes_per_second,
+            ),
+        ] {
+            if rate != 0 && !NETWORK_RATES.contains(&rate) {
+                return Err((key, "0, or 1024 to 125000000000"));
+            }
+        }
+        for (key, burst) in [
+            ("network_rx_burst_bytes", self.network_rx_burst_bytes),
+            ("network_tx_burst_bytes", self.network_tx_burst_bytes),
+        ] {
+            if !NETWORK_BURSTS.contains(&burst) {
+                return Err((key, "65536 to 1073741824"));
+            }
+        }
         if self.default_memory_mib < MiB(64) {
             return Err(("default_memory_mib", "at least 64"));
         }
@@ -298,7 +349,7 @@ mod tests {
             .map(|line| format!("{line}\n"))
             .collect();
         assert_eq!(parse(&uncommented).unwrap(), Config::default());
-        assert_eq!(uncommented.lines().count(), 13);
+        assert_eq!(uncommented.lines().count(), 27);
     }
 
     #[test]
@@ -341,6 +392,14 @@ mod tests {
             (
                 "memory_overhead_mib = 8",
                 "memory_overhead_mib must be at least 32",
+            ),
+            (
+                "network_tx_bytes_per_second = 1023",
+                "network_tx_bytes_per_second must be 0, or 1024 to 125000000000",
+            ),
+            (
+                "network_rx_burst_bytes = 1500",
+                "network_rx_burst_bytes must be 65536 to 1073741824",
             ),
             ("vmm = \"caisson-vmm\"", "vmm must be an absolute path"),
             (

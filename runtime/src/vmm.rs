@@ -68,6 +68,8 @@ pub struct Machine<'a> {
     pub networks: Vec<Plug>,
     /// How many more there may be.
     pub spare_networks: u8,
+    /// Whether the host's kernel may move their packets.
+    pub vhost_net: bool,
     /// Where the guest's whole kernel log goes, if anywhere.
     pub console: Option<OwnedFd>,
     /// A locked file that the VMM holds open and never uses: whoever gets its lock knows that the process is gone.
@@ -175,9 +177,11 @@ impl Vmm {
                     tap: files.add(plug.tap),
                     kind: plug.kind,
                     mac: plug.mac,
+                    vhost: plug.vhost.map(|vhost| files.add(vhost)),
                 })
                 .collect(),
             spare_networks: machine.spare_networks,
+            vhost_net: machine.vhost_net,
             disks: Vec::new(),
             console: machine.console.map(|file| files.add(file)),
         };
@@ -203,14 +207,9 @@ impl Vmm {
         Ok(packet.map(|(event, fds): (Event, Vec<OwnedFd>)| (event, fds.into_iter().next())))
     }
 
-    /// Asks the VMM for something, with a descriptor if it needs one.
-    pub async fn request(
-        &self,
-        request: &Request,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<(), VmmError> {
-        let fds: Vec<_> = fd.into_iter().collect();
-        Ok(self.control.send(request, &fds).await?)
+    /// Asks the VMM for something, with the descriptors that it needs.
+    pub async fn request(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), VmmError> {
+        Ok(self.control.send(request, fds).await?)
     }
 
     /// Hands a connected stream socket in, to a vsock port on which the guest listens.

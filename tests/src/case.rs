@@ -166,6 +166,13 @@ impl Case {
         file
     }
 
+    /// Adds a drop-in with these lines to the configuration, in place of the last one.
+    pub fn configure(&self, lines: &str) {
+        let dir = self.dir.join("config.toml.d");
+        fs::create_dir_all(&dir).expect("directory");
+        fs::write(dir.join("test.toml"), lines).expect("drop-in");
+    }
+
     /// `run` of a bundle in the foreground.
     pub fn run(&self, bundle: &Bundle) -> Outcome {
         self.run_call(bundle, "run").finish()

@@ -18,7 +18,8 @@ use std::process::{Child, Command, ExitCode};
 use std::time::Instant;
 
 use caisson_vmm_spec::{
-    DiskSpec, Event, Fd, MemorySpec, MiB, NetworkSpec, Request, SPEC_FD, ShareSpec, VmSpec,
+    DiskSpec, Event, Fd, MemorySpec, MiB, NetworkKind, NetworkSpec, Request, SPEC_FD, ShareSpec,
+    VmSpec,
 };
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{
@@ -56,6 +57,7 @@ fn main() -> Result<ExitCode> {
         boot_deadline_ms: option("deadline=").map_or(Ok(0), str::parse)?,
         shares: Vec::new(),
         networks: Vec::new(),
+        vhost_net: false,
         spare_networks: option("spare=").map_or(Ok(0), str::parse)?,
         disks: Vec::new(),
         console: None,
@@ -74,6 +76,8 @@ fn main() -> Result<ExitCode> {
         spec.networks.push(NetworkSpec {
             tap: files.add(tap(name)?)?,
             mac: [2, 0, 0, 0, 0, 1],
+            kind: NetworkKind::Tap,
+            vhost: None,
         });
     }
     if let Some(path) = option("disk=") {

@@ -1,4 +1,5 @@
-//! The control socket: requests of the sandbox's owner in, events out; one packet each, at most one descriptor.
+//! The control socket: requests of the sandbox's owner in, events out; one packet each, at most
+//! [`MAX_DESCRIPTORS`] in and one out.
 //!
 //! Contract: sending never blocks ([`Control::send`]), except for the last word ([`Control::send_last`]), which waits at
 //! most a second. The owner is trusted, but a packet that is too long or makes no sense is refused, not guessed at.
@@ -8,7 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use caisson_vmm_spec::{Event, MAX_PACKET_BYTES, Request};
+use caisson_vmm_spec::{Event, MAX_DESCRIPTORS, MAX_PACKET_BYTES, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -28,7 +29,7 @@ pub enum ControlError {
     Receive(#[source] io::Error),
     /// Longer than both sides agreed.
     #[error(
-        "a request is longer than {MAX_PACKET_BYTES} bytes or carries more than one descriptor"
+        "a request is longer than {MAX_PACKET_BYTES} bytes or carries more than {MAX_DESCRIPTORS} descriptors"
     )]
     TooLong,
     /// Not a [`Request`].
@@ -39,8 +40,8 @@ pub enum ControlError {
 /// What the owner said.
 #[derive(Debug)]
 pub enum Heard {
-    /// A request, with the descriptor that came with it.
-    Request(Request, Option<OwnedFd>),
+    /// A request, with the descriptors that came with it, in their order.
+    Request(Request, Vec<OwnedFd>),
     /// Nothing now.
     Nothing,
     /// The owner is gone.
@@ -63,7 +64,8 @@ impl Control {
     /// [`ControlError`]; all but `Receive` leave the socket usable.
     pub fn receive(&self) -> Result<Heard, ControlError> {
         let mut bytes = vec![0; MAX_PACKET_BYTES];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS + 1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let received = match recvmsg(
@@ -79,7 +81,7 @@ impl Control {
             Err(rustix::io::Errno::CONNRESET) => return Ok(Heard::Closed),
             Err(error) => return Err(ControlError::Receive(error.into())),
         };
-        let mut fds: Vec<OwnedFd> = ancillary
+        let fds: Vec<OwnedFd> = ancillary
             .drain()
             .filter_map(|message| match message {
                 RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -90,7 +92,7 @@ impl Control {
         if received
             .flags
             .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-            || fds.len() > 1
+            || fds.len() > MAX_DESCRIPTORS
         {
             return Err(ControlError::TooLong);
         }
@@ -100,7 +102,7 @@ impl Control {
         let request = serde_json::from_slice(&bytes[..received.bytes]);
         Ok(Heard::Request(
             request.map_err(ControlError::Nonsense)?,
-            fds.pop(),
+            fds,
         ))
     }
 
@@ -169,15 +171,11 @@ mod tests {
         assert!(matches!(control.receive(), Ok(Heard::Nothing)));
         say(&owner, br#"{"request":"pause"}"#);
         say(&owner, br#"{"request":"connect","port":7}"#);
-        assert!(matches!(
-            control.receive(),
-            Ok(Heard::Request(Request::Pause, None))
-        ));
-        let second = control.receive();
-        assert!(matches!(
-            second,
-            Ok(Heard::Request(Request::Connect { port: 7 }, None))
-        ));
+        let heard = |wanted: &Request| match control.receive() {
+            Ok(Heard::Request(request, fds)) => request == *wanted && fds.is_empty(),
+            _ => false,
+        };
+        assert!(heard(&Request::Pause) && heard(&Request::Connect { port: 7 }));
         drop(owner);
         assert!(matches!(control.receive(), Ok(Heard::Closed)));
     }
@@ -192,7 +190,7 @@ mod tests {
         say(&owner, br#"{"request":"stop"}"#);
         assert!(matches!(
             control.receive(),
-            Ok(Heard::Request(Request::Stop, None))
+            Ok(Heard::Request(Request::Stop, _))
         ));
     }
 

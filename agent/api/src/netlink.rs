@@ -33,6 +33,16 @@ impl Builder {
         Self(bytes)
     }
 
+    /// Attributes without a message around them, to be put inside another's.
+    pub fn part() -> Self {
+        Self(Vec::new())
+    }
+
+    /// The attributes alone, of a [`Builder::part`].
+    pub fn into_part(self) -> Vec<u8> {
+        self.0
+    }
+
     /// One more attribute.
     #[must_use]
     pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
@@ -54,7 +64,7 @@ impl Builder {
     #[must_use]
     pub fn nested(mut self, kind: u16, inside: impl FnOnce(Self) -> Self) -> Self {
         self.put(kind | NESTED, |bytes| {
-            let part = inside(Self(Vec::new())).0;
+            let part = inside(Self::part()).0;
             bytes.extend(part);
         });
         self

@@ -200,7 +200,7 @@ pub(super) async fn create(
             if let Some(user_network) = user_network.flatten() {
                 network.add_user_network(user_network)?;
             }
-            let networks = network.boot(config.spare_interfaces)?;
+            let networks = network.boot(&config)?;
             let share = Share::make(&dir.path().join("share"))?;
             share.add(id, &host_files)?;
             let booting = Boot {

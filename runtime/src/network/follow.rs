@@ -148,8 +148,8 @@ impl Change {
 }
 
 async fn plug(plugs: Vec<Plug>, sandbox: &Sandbox) -> Result<(), SandboxError> {
-    for Plug { slot, mac, tap, .. } in plugs {
-        sandbox.plug(slot, mac, tap).await?;
+    for plug in plugs {
+        sandbox.plug(plug).await?;
     }
     Ok(())
 }

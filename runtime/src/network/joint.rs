@@ -8,7 +8,8 @@
 //! Contract: the host's own stack sees none of the guest's packets, in either direction. A [`Joint`] that is dropped
 //! takes the filter off the interface, and the queueing discipline if it was made for it; the tap goes with its last
 //! descriptor, and its filters with it. After a crash [`clear`] does the same for what is left.
-//! Limits on packets ([`Limits`]) are filters in front of the redirection: what does not pass is dropped.
+//! What the host's configuration lets through ([`Limits`]) holds here, in the host's kernel, whoever moves the packets
+//! between tap and guest.
 //! Spec: `linux/pkt_sched.h`, `linux/pkt_cls.h`, `linux/tc_act/tc_mirred.h`.
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
@@ -16,6 +17,7 @@ use std::{io, os::fd::OwnedFd, sync::Arc};
 use caisson_agent_api::netlink::{Builder, attribute, messages, u32_at};
 
 use super::{
+    limits::{self, Limits},
     netlink::{NEW, Socket},
     tap::Tap,
     view::Interface,
@@ -26,23 +28,19 @@ const INGRESS: u32 = 0xffff_fff1;
 const INGRESS_HANDLE: u32 = 0xffff_0000;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`: also understood by a plain ingress discipline.
 const INGRESS_FILTERS: u32 = 0xffff_fff2;
+/// `TC_H_ROOT`: where what goes out is queued.
+const EGRESS: u32 = 0xffff_ffff;
+/// The handle of our queue there, by which it is known.
+const EGRESS_HANDLE: u32 = 0xca15_0000;
 /// The filters' priority: by it they are known as ours. Others' filters that come first may take packets.
 const PRIORITY: u32 = 0xca15;
+/// Comes after that: what none of the others has taken.
+const LAST_PRIORITY: u32 = PRIORITY + 1;
 /// `ETH_P_ALL` in network order.
 const ALL_PROTOCOLS: u32 = 0x0300;
 
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
-/// Within the options of `matchall`.
-const TCA_MATCHALL_ACT: u16 = 2;
-/// Within an action.
-const TCA_ACT_KIND: u16 = 1;
-const TCA_ACT_OPTIONS: u16 = 2;
-const TCA_MIRRED_PARMS: u16 = 2;
-/// `TCA_EGRESS_REDIR`
-const REDIRECT: u32 = 1;
-/// `TC_ACT_STOLEN`
-const STOLEN: u32 = 4;
 
 /// `IFF_NOARP`: nobody on the host speaks through a tap.
 const NO_ARP: u32 = 0x80;
@@ -56,6 +54,7 @@ pub(super) struct Joint {
     socket: Arc<Socket>,
     interface: u32,
     tap: u32,
+    limits: Limits,
     /// Whether the discipline on the interface is ours.
     owns_ingress: bool,
 }
@@ -67,6 +66,7 @@ impl Joint {
         index: u32,
         interface: &Interface,
         tap: Tap,
+        limits: Limits,
     ) -> io::Result<(Self, OwnedFd)> {
         let Tap {
             file,
@@ -75,7 +75,6 @@ impl Joint {
         socket.request(quiet_tap(tap_index, interface.mtu))?;
         socket.request(tap_up(tap_index))?;
         socket.request(ingress(libc::RTM_NEWQDISC, NEW, tap_index))?;
-        socket.request(redirect(tap_index, index))?;
         let owns_ingress = match socket.request(ingress(libc::RTM_NEWQDISC, NEW, index)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
             other => other.map(|()| true)?,
@@ -84,14 +83,80 @@ impl Joint {
             socket: Arc::clone(socket),
             interface: index,
             tap: tap_index,
+            limits,
             owns_ingress,
         };
         if !owns_ingress {
             // Left by one that was killed, or none.
             let _ = socket.request(filter(libc::RTM_DELTFILTER, 0, index));
         }
-        socket.request(redirect(index, tap_index))?;
+        joint.shape()?;
+        joint.lead_out(interface.mac)?;
+        socket.request(
+            redirect(index, |options| {
+                options.nested(limits::MATCHALL_ACTIONS, |actions| {
+                    limits::redirection(actions, limits.receive, tap_index)
+                })
+            })
+            .text(TCA_KIND, "matchall"),
+        )?;
         Ok((joint, file))
+    }
+
+    /// Queues what is too much.
+    fn shape(&self) -> io::Result<()> {
+        if let Some(options) = limits::shaper(self.limits.receive) {
+            self.socket.request(queue(self.tap, options))?;
+        }
+        if let Some(options) = limits::shaper(self.limits.send) {
+            // Left by one that was killed, or none. Another's is in our way, and is said to be.
+            let _ = self.socket.request(no_queue(self.interface));
+            self.socket.request(queue(self.interface, options))?;
+        }
+        Ok(())
+    }
+
+    /// Has what the guest sends go out of the interface; only what comes from `mac`, if that is asked for.
+    fn lead_out(&self, mac: [u8; 6]) -> io::Result<()> {
+        let actions = |actions| limits::redirection(actions, self.limits.send, self.interface);
+        if !self.limits.own_mac_only {
+            let all = redirect(self.tap, |options| {
+                options.nested(limits::MATCHALL_ACTIONS, actions)
+            });
+            return self.socket.request(all.text(TCA_KIND, "matchall"));
+        }
+        let rest = filter_head(
+            libc::RTM_NEWTFILTER,
+            NEW,
+            self.tap,
+            LAST_PRIORITY << 16 | ALL_PROTOCOLS,
+        );
+        self.socket.request(
+            rest.text(TCA_KIND, "matchall")
+                .nested(TCA_OPTIONS, |options| {
+                    options.nested(limits::MATCHALL_ACTIONS, limits::dropping)
+                }),
+        )?;
+        self.socket.request(self.pass_from(mac))
+    }
+
+    fn pass_from(&self, mac: [u8; 6]) -> Builder {
+        let options = |options| {
+            limits::from_mac(options, mac).nested(limits::U32_ACTIONS, |actions| {
+                limits::redirection(actions, self.limits.send, self.interface)
+            })
+        };
+        redirect(self.tap, options).text(TCA_KIND, "u32")
+    }
+
+    /// The interface's address is another now. In between nothing passes.
+    pub(super) fn readdress(&self, mac: [u8; 6]) -> io::Result<()> {
+        if !self.limits.own_mac_only {
+            return Ok(());
+        }
+        self.socket
+            .request(filter(libc::RTM_DELTFILTER, 0, self.tap))?;
+        self.socket.request(self.pass_from(mac))
     }
 
     /// Lets the tap take packets as large as the interface's.
@@ -103,6 +168,9 @@ impl Joint {
 impl Drop for Joint {
     fn drop(&mut self) {
         // An interface that is gone has taken everything along.
+        if self.limits.send.bytes.is_some() {
+            let _ = self.socket.request(no_queue(self.interface));
+        }
         let _ = if self.owns_ingress {
             self.socket
                 .request(ingress(libc::RTM_DELQDISC, 0, self.interface))
@@ -113,8 +181,11 @@ impl Drop for Joint {
     }
 }
 
-/// Removes what a killed owner has left on an interface: our filter, and the discipline if there is no other filter.
+/// Removes what a killed owner has left on an interface: our queue, our filter, and the discipline if there is no other
+/// filter.
 pub(super) fn clear(socket: &Socket, interface: u32) -> io::Result<()> {
+    // There is none, or another's, without a limit.
+    let _ = socket.request(no_queue(interface));
     let filters = socket.list(filter_head(libc::RTM_GETTFILTER, 0, interface, 0))?;
     let all = filters.iter().flat_map(|datagram| messages(datagram));
     let ours = |info: u32| info >> 16 == PRIORITY;
@@ -200,22 +271,23 @@ fn filter(kind: u16, flags: u16, interface: u32) -> Builder {
     filter_head(kind, flags, interface, PRIORITY << 16 | ALL_PROTOCOLS)
 }
 
-/// Everything that comes in at `from` goes out at `to`.
-fn redirect(from: u32, to: u32) -> Builder {
-    let mirred = [0, 0, STOLEN, 0, 0, REDIRECT, to]
-        .map(u32::to_ne_bytes)
-        .concat();
-    filter(libc::RTM_NEWTFILTER, NEW, from)
-        .text(TCA_KIND, "matchall")
-        .nested(TCA_OPTIONS, |options| {
-            options.nested(TCA_MATCHALL_ACT, |actions| {
-                actions.nested(1, |action| {
-                    action
-                        .text(TCA_ACT_KIND, "mirred")
-                        .nested(TCA_ACT_OPTIONS, |o| o.attribute(TCA_MIRRED_PARMS, &mirred))
-                })
-            })
-        })
+/// What comes in at `from` is dealt with by what is in `options`; the kind of filter is to be added.
+fn redirect(from: u32, options: impl FnOnce(Builder) -> Builder) -> Builder {
+    filter(libc::RTM_NEWTFILTER, NEW, from).nested(TCA_OPTIONS, options)
+}
+
+/// What goes out of `interface` goes through the token bucket that `options` describes.
+fn queue(interface: u32, options: Builder) -> Builder {
+    let head = head(interface, EGRESS_HANDLE, EGRESS, 0);
+    Builder::new(libc::RTM_NEWQDISC, NEW, &head)
+        .text(TCA_KIND, "tbf")
+        .nested(TCA_OPTIONS, |_| options)
+}
+
+/// Removes our queue; another's handle is another.
+fn no_queue(interface: u32) -> Builder {
+    let head = head(interface, EGRESS_HANDLE, EGRESS, 0);
+    Builder::new(libc::RTM_DELQDISC, 0, &head)
 }
 
 #[cfg(test)]
@@ -224,7 +296,12 @@ mod tests {
 
     #[test]
     fn a_filter_is_known_by_its_priority() {
-        let message = redirect(7, 9).finish();
+        let actions = |options: Builder| {
+            options.nested(limits::MATCHALL_ACTIONS, |actions| {
+                limits::redirection(actions, limits::Rate::default(), 9)
+            })
+        };
+        let message = redirect(7, actions).finish();
         let message = messages(&message).next().unwrap();
         assert_eq!(u32_at(message.body, 4), Some(7));
         assert_eq!(
@@ -232,12 +309,16 @@ mod tests {
             Some(PRIORITY)
         );
         let options = attribute(&message.body[20..], TCA_OPTIONS).unwrap();
-        let actions = attribute(options, TCA_MATCHALL_ACT).unwrap();
-        let action = attribute(actions, 1).unwrap();
-        let mirred = attribute(
-            attribute(action, TCA_ACT_OPTIONS).unwrap(),
-            TCA_MIRRED_PARMS,
-        );
-        assert_eq!(u32_at(mirred.unwrap(), 24), Some(9));
+        assert!(attribute(options, limits::MATCHALL_ACTIONS).is_some());
+    }
+
+    #[test]
+    fn a_queue_is_known_by_its_handle() {
+        let make = queue(7, Builder::part()).finish();
+        let make = messages(&make).next().unwrap();
+        let unmake = no_queue(7).finish();
+        let unmake = messages(&unmake).next().unwrap();
+        assert_eq!(make.body[..20], unmake.body[..20]);
+        assert_eq!(u32_at(make.body, 8), Some(EGRESS_HANDLE));
     }
 }

@@ -6,6 +6,7 @@
 //! | `netlink.rs` | the kernel's answers about it, and its notices of changes |
 //! | `view.rs` | what is in it, and how one view becomes another (pure) |
 //! | `joint.rs`, `tap.rs` | an interface joined to a tap |
+//! | `limits.rs` | what passes there, in tc's words (pure) |
 //! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
 //! | `follow.rs` | the guest follows while the container lives |
 //! | `outside.rs`, `passt.rs` | without a namespace: a user-mode network that looks like the host's |
@@ -18,6 +19,7 @@
 
 mod follow;
 mod joint;
+mod limits;
 mod namespace;
 mod netlink;
 mod outside;
@@ -35,10 +37,12 @@ use std::{
 
 use caisson_agent_api::{self as api, netlink::Builder};
 use caisson_vmm_spec::{MAX_NETWORKS, NETWORK_DEVICES_FROM, NetworkKind};
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
     follow::{Askers, Follower, Following, follow, follow_in_background},
+    limits::{Limits, Rate},
     passt::PasstError,
 };
 use self::{
@@ -55,6 +59,9 @@ pub use caisson_agent_api::Network as Connections;
 
 /// Name of the file in the state directory that says where something may have been left.
 const RECORD: &str = "network.json";
+
+/// The device of vhost-net; opening it loads the module.
+const VHOST_NET: &str = "/dev/vhost-net";
 
 /// Why a container's network is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +125,8 @@ pub struct Plug {
     pub tap: OwnedFd,
     /// What that is.
     pub kind: NetworkKind,
+    /// The host's kernel moves the packets.
+    pub vhost: Option<OwnedFd>,
 }
 
 /// What a change on the host means for the virtual machine, in this order.
@@ -173,6 +182,9 @@ pub struct Network {
     /// What the virtual machine has, or is about to have.
     view: View,
     slots: Vec<Option<Occupant>>,
+    limits: Limits,
+    /// Whether the host's kernel is to move packets.
+    vhost: bool,
     /// The namespace, if it outlives this process.
     place: Option<Place>,
     /// Whether this process is in it.
@@ -243,6 +255,8 @@ impl Network {
             notices,
             view: View::default(),
             slots: Vec::new(),
+            limits: Limits::default(),
+            vhost: false,
             place,
             inside: true,
             record: state_dir.join(RECORD),
@@ -271,8 +285,12 @@ impl Network {
         }
     }
 
-    /// Joins the interfaces that are there, and has as many slots as they need and `spare` ones.
-    pub fn boot(&mut self, spare: u8) -> Result<Vec<Plug>, NetworkError> {
+    /// Joins the interfaces that are there, and has as many slots as they need and those to spare that the host's
+    /// configuration says. Its limits hold for these interfaces and later ones.
+    pub fn boot(&mut self, config: &Config) -> Result<Vec<Plug>, NetworkError> {
+        self.limits = Limits::from(config);
+        self.vhost = config.vhost_net;
+        let spare = config.spare_interfaces;
         let all: Vec<u32> = self.view.interfaces.keys().copied().collect();
         let slots = (all.len() + usize::from(spare)).min(MAX_NETWORKS);
         self.slots.resize_with(slots, || None);
@@ -316,6 +334,15 @@ impl Network {
                 joint
                     .map_or(Ok(()), |joint| joint.resize(now.mtu))
                     .map_err(host("set a tap's MTU"))?;
+            }
+        }
+        for index in &difference.readdressed {
+            let occupant = self.slots.iter().flatten().find(|it| it.index == *index);
+            if let (Some(occupant), Some(now)) = (occupant, next.interfaces.get(index)) {
+                let joint = occupant.joint.as_ref();
+                joint
+                    .map_or(Ok(()), |joint| joint.readdress(now.mac))
+                    .map_err(host("let an interface's new address through"))?;
             }
         }
         change.plugs = self.connect(&next, &difference.appeared)?;
@@ -367,12 +394,13 @@ impl Network {
                     mac,
                     tap,
                     kind,
+                    vhost: None,
                 });
                 continue;
             }
             let made = self
                 .tap()
-                .and_then(|tap| Joint::make(&self.socket, index, interface, tap));
+                .and_then(|tap| Joint::make(&self.socket, index, interface, tap, self.limits));
             let (joint, tap) = made.map_err(|source| {
                 let name = name();
                 NetworkError::Connect { name, source }
@@ -380,11 +408,13 @@ impl Network {
             let joint = Some(joint);
             self.slots[free] = Some(Occupant { index, joint });
             let kind = NetworkKind::Tap;
+            let vhost = if self.vhost { open_vhost() } else { None };
             plugs.push(Plug {
                 slot,
                 mac,
                 tap,
                 kind,
+                vhost,
             });
         }
         self.keep_record()
@@ -476,6 +506,11 @@ impl Drop for Network {
         // Then `clear` finds nothing.
         let _ = fs::remove_file(&self.record);
     }
+}
+
+/// A device of vhost-net's, where this host has it and lets us open it; else the VMM moves the packets.
+fn open_vhost() -> Option<OwnedFd> {
+    rustix::fs::open(VHOST_NET, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok()
 }
 
 fn sockets() -> io::Result<(Socket, Notices)> {

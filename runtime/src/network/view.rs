@@ -113,6 +113,8 @@ pub(super) struct Difference {
     pub(super) appeared: Vec<u32>,
     /// Interfaces whose MTU is another now.
     pub(super) resized: Vec<u32>,
+    /// Interfaces whose MAC address is another now.
+    pub(super) readdressed: Vec<u32>,
     /// For the guest's kernel, in order.
     pub(super) requests: Vec<u8>,
     /// Below `/proc/sys/net`, before the requests.
@@ -270,6 +272,7 @@ impl Difference {
                 .extend(set_link(index, now.up && before.up, rename));
         }
         if before.mac != now.mac {
+            self.readdressed.push(index);
             let change = |link: Builder| link.attribute(libc::IFLA_ADDRESS, &now.mac);
             self.requests
                 .extend(set_link(index, now.up && before.up, change));

@@ -5,7 +5,7 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use caisson_agent_api::Network;
 
 use super::{CreateRequest, Event, ExecRequest, Exit, Reply, SandboxError, Started, Status};
-use crate::{agent::AgentError, process_table::Table, stats::Stats};
+use crate::{agent::AgentError, network::Plug, process_table::Table, stats::Stats};
 
 /// Held by a task for as long as it needs the guest to run.
 pub(super) type Busy = Arc<()>;
@@ -51,9 +51,7 @@ pub(super) enum Message {
         reply: Reply<()>,
     },
     Plug {
-        slot: u8,
-        mac: [u8; 6],
-        tap: OwnedFd,
+        plug: Plug,
         reply: Reply<()>,
     },
     Unplug {

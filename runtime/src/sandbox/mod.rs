@@ -32,6 +32,7 @@ pub use crate::agent::{Activation, Exit};
 use crate::{
     agent::AgentError,
     control::ControlError,
+    network::Plug,
     process_table::{Table, TableError},
     state::Status,
     stats::{Stats, StatsError},
@@ -271,14 +272,8 @@ impl Sandbox {
     }
 
     /// Plugs a tap into a free slot for network interfaces; answers when the guest may look for it.
-    pub async fn plug(&self, slot: u8, mac: [u8; 6], tap: OwnedFd) -> Result<(), SandboxError> {
-        self.ask(|reply| Message::Plug {
-            slot,
-            mac,
-            tap,
-            reply,
-        })
-        .await
+    pub async fn plug(&self, plug: Plug) -> Result<(), SandboxError> {
+        self.ask(|reply| Message::Plug { plug, reply }).await
     }
 
     /// Takes a network interface away from the guest.

@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     agent::{Agent, AgentError},
+    network::Plug,
     vmm::{Ended, Vmm},
 };
 
@@ -238,18 +239,16 @@ impl Owner {
                 resources,
                 reply,
             } => self.update(id, resources, reply),
-            Message::Plug {
-                slot,
-                mac,
-                tap,
-                reply,
-            } => {
+            Message::Plug { plug, reply } => {
+                let Plug { slot, mac, .. } = plug;
                 self.plugging.insert(slot, reply);
-                vm_request(vmm, &Request::Plug { slot, mac }, Some(tap.as_fd())).await;
+                let fds = [Some(&plug.tap), plug.vhost.as_ref()];
+                let fds: Vec<_> = fds.into_iter().flatten().map(AsFd::as_fd).collect();
+                vm_request(vmm, &Request::Plug { slot, mac }, &fds).await;
             }
             Message::Unplug { slot, reply } => {
                 self.plugging.insert(slot, reply);
-                vm_request(vmm, &Request::Unplug { slot }, None).await;
+                vm_request(vmm, &Request::Unplug { slot }, &[]).await;
             }
             Message::UpdateNetwork { id, network, reply } => {
                 let agent = self.agent.clone();
@@ -264,7 +263,7 @@ impl Owner {
             Message::Delete { id, reply } => self.delete(id, reply),
             Message::Stop => {
                 self.end(ended(Cause::PowerOff, "it was stopped"), LAST_BREATH);
-                vm_request(vmm, &Request::Stop, None).await;
+                vm_request(vmm, &Request::Stop, &[]).await;
             }
             Message::Done(done, busy) => {
                 drop(busy);
@@ -286,7 +285,7 @@ impl Owner {
         } else {
             Request::Resume
         };
-        let sent = tokio::time::timeout(LAST_BREATH, vmm.request(&request, None)).await;
+        let sent = tokio::time::timeout(LAST_BREATH, vmm.request(&request, &[])).await;
         if !matches!(sent, Ok(Ok(()))) {
             // It is gone, which its socket will say, or hung.
             let why = ended(Cause::HostError, "the VMM does not listen");
@@ -516,8 +515,8 @@ impl Owner {
 }
 
 /// Asks the VMM. If it no longer listens it is gone or hung: its end is noticed elsewhere.
-async fn vm_request(vmm: &Vmm, request: &Request, fd: Option<BorrowedFd<'_>>) {
-    let _ = tokio::time::timeout(LAST_BREATH, vmm.request(request, fd)).await;
+async fn vm_request(vmm: &Vmm, request: &Request, fds: &[BorrowedFd<'_>]) {
+    let _ = tokio::time::timeout(LAST_BREATH, vmm.request(request, fds)).await;
 }
 
 async fn until(deadline: Option<Instant>) {

@@ -3,7 +3,7 @@
 //! The VMM is a function of its input. A [`VmSpec`] arrives as JSON on descriptor [`SPEC_FD`] (read to its end), with
 //! every file it will ever use as an inherited descriptor, named in the spec by number. After that the VMM opens
 //! nothing by path. While it runs it speaks over one `SOCK_SEQPACKET` Unix socket, [`VmSpec::control`]: each packet is
-//! one JSON value, a [`Request`] to the VMM or an [`Event`] from it, with at most one descriptor attached
+//! one JSON value, a [`Request`] to the VMM or an [`Event`] from it, with at most [`MAX_DESCRIPTORS`] attached
 //! (`SCM_RIGHTS`). When the peer closes that socket the VMM ends at once: a sandbox never outlives its owner.
 //!
 //! Not here: how the host side finds or prepares those files (`runtime`), how they become devices (`vmm`).
@@ -15,6 +15,9 @@ pub const SPEC_FD: i32 = 3;
 
 /// The largest packet on the control socket, in bytes. Longer ones are refused by both sides.
 pub const MAX_PACKET_BYTES: usize = 64 << 10;
+
+/// The most descriptors that come with a packet.
+pub const MAX_DESCRIPTORS: usize = 2;
 
 /// The context identifier of every guest. Connections are carried over Unix sockets, so identifiers cannot collide.
 pub const GUEST_CID: u64 = 3;
@@ -75,6 +78,9 @@ pub struct VmSpec {
     /// of no kind.
     #[serde(default)]
     pub spare_networks: u8,
+    /// Whether network interfaces may come with [`NetworkSpec::vhost`]: each of their queues then has a doorbell of its own.
+    #[serde(default)]
+    pub vhost_net: bool,
     /// Disks, each a virtio-blk device.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
@@ -140,6 +146,9 @@ pub struct NetworkSpec {
     pub kind: NetworkKind,
     /// The guest's MAC address.
     pub mac: [u8; 6],
+    /// `/dev/vhost-net`, opened for this interface alone: the host's kernel moves its packets.
+    #[serde(default)]
+    pub vhost: Option<Fd>,
 }
 
 /// A disk backed by a file or a block device.
@@ -164,7 +173,7 @@ pub enum Request {
         port: u32,
     },
     /// Connect network interface `slot`, which nothing is connected to, with the attached tap (as in
-    /// [`NetworkSpec::tap`]). Answered by [`Event::Plugged`]; only then may the guest's driver look for it.
+    /// [`NetworkSpec::tap`]) and, if one follows it, vhost-net device. Answered by [`Event::Plugged`]; only then may the guest's driver look for it.
     Plug {
         /// Counted from 0, over [`VmSpec::networks`] and then the spare ones.
         slot: u8,

@@ -138,9 +138,15 @@ impl Vm {
     pub fn wire(&self, link: &Link, base: u64, irq: u32) -> Result<(), KvmError> {
         self.wire_interrupt(&link.line.irqfd, irq)?;
         let notify = IoEventAddress::Mmio(base + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
-        self.vm
-            .register_ioevent(&link.kick, &notify, NoDatamatch)
-            .map_err(step("register a queue's doorbell"))?;
+        let refused = || step("register a queue's doorbell");
+        match link.kicks.as_slice() {
+            [kick] => self.vm.register_ioevent(kick, &notify, NoDatamatch),
+            // What the driver writes is the queue's number.
+            kicks => (0u32..)
+                .zip(kicks)
+                .try_for_each(|(queue, kick)| self.vm.register_ioevent(kick, &notify, queue)),
+        }
+        .map_err(refused())?;
         // The acknowledgement of returned chains ends in the kernel, see `Line`.
         let acknowledge = IoEventAddress::Mmio(base + u64::from(VIRTIO_MMIO_INTERRUPT_ACK));
         self.vm

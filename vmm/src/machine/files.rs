@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use caisson_vmm_spec::{DiskSpec, NetworkSpec, ShareSpec, VmSpec};
+use caisson_vmm_spec::{DiskSpec, NetworkKind, ShareSpec, VmSpec};
 
 use super::SetupError;
 use crate::boot;
@@ -19,10 +19,20 @@ pub(super) struct Files {
 
 /// The devices that the spec asks for, each with its file.
 pub(super) struct DeviceFiles {
-    pub(super) networks: Vec<(NetworkSpec, OwnedFd)>,
+    pub(super) networks: Vec<Network>,
     pub(super) spare_networks: u8,
+    pub(super) vhost_net: bool,
     pub(super) disks: Vec<(DiskSpec, File)>,
     pub(super) shares: Vec<(ShareSpec, OwnedFd)>,
+}
+
+/// A network interface.
+pub(super) struct Network {
+    pub(super) mac: [u8; 6],
+    /// A tap, or what is in its place.
+    pub(super) file: OwnedFd,
+    pub(super) kind: NetworkKind,
+    pub(super) vhost: Option<OwnedFd>,
 }
 
 impl DeviceFiles {
@@ -47,7 +57,15 @@ impl Files {
             .transpose()?;
         let (mut networks, mut disks, mut shares) = (Vec::new(), Vec::new(), Vec::new());
         for network in &spec.networks {
-            networks.push((network.clone(), inherited.take("a tap", network.tap)?));
+            let vhost = network
+                .vhost
+                .map(|fd| inherited.take("a vhost-net device", fd));
+            networks.push(Network {
+                mac: network.mac,
+                file: inherited.take("a tap", network.tap)?,
+                kind: network.kind,
+                vhost: vhost.transpose()?,
+            });
         }
         for disk in &spec.disks {
             disks.push((
@@ -68,6 +86,7 @@ impl Files {
             devices: DeviceFiles {
                 networks,
                 spare_networks: spec.spare_networks,
+                vhost_net: spec.vhost_net,
                 disks,
                 shares,
             },

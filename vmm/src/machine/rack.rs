@@ -28,7 +28,7 @@ use crate::devices::vsock::{Dials, Vsock};
 use crate::ending::Ending;
 use crate::kvm::Vm;
 use crate::memory::Mem;
-use crate::virtio::transport::{Link, Transport};
+use crate::virtio::transport::{Doorbells, Link, Transport};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Device, Page};
 
@@ -142,18 +142,25 @@ impl<'a> Rack<'a> {
     ) -> Result<Vec<Arc<Port>>, SetupError> {
         let ports = networks(files.networks.len(), usize::from(files.spare_networks))?;
         let mut streams = vec![false; ports.len()];
-        for ((port, (spec, file)), stream) in ports.iter().zip(files.networks).zip(&mut streams) {
-            port.plug(file, spec.mac);
-            *stream = spec.kind == NetworkKind::Stream;
+        for ((port, network), stream) in ports.iter().zip(files.networks).zip(&mut streams) {
+            port.plug(network.file, network.vhost, network.mac);
+            *stream = network.kind == NetworkKind::Stream;
         }
         debug_assert_eq!(self.transports.len(), NETWORK_DEVICES_FROM as usize);
         for (index, (port, stream)) in ports.iter().zip(streams).enumerate() {
             let name = format!("net{index}");
-            self.add(if stream {
-                Box::new(StreamNet::new(&name, port, self.mem, self.counters))
+            if stream {
+                let net = StreamNet::new(&name, port, self.mem, self.counters);
+                self.add(Box::new(net))?;
+                continue;
+            }
+            let net = Net::new(&name, port, self.mem, self.counters);
+            let doorbells = if files.vhost_net {
+                Doorbells::OnePerQueue(net.queue_sizes().len())
             } else {
-                Box::new(Net::new(&name, port, self.mem, self.counters))
-            })?;
+                Doorbells::One
+            };
+            self.add_with(Box::new(net), doorbells)?;
         }
         for (index, (spec, file)) in files.disks.into_iter().enumerate() {
             let name = format!("blk{index}");
@@ -167,7 +174,7 @@ impl<'a> Rack<'a> {
             let fs = Box::new(fs.map_err(device(&name))?);
             let mut worker = Worker::new(self.mem, self.ending, self.counters)
                 .map_err(host("make a share's worker"))?;
-            let link = link(self.vm, self.transports.len(), self.pages)?;
+            let link = link(self.vm, self.transports.len(), self.pages, Doorbells::One)?;
             self.transports.push(worker.attach(fs, link));
             self.shares.push(worker);
         }
@@ -175,8 +182,16 @@ impl<'a> Rack<'a> {
     }
 
     fn add(&mut self, device: Box<dyn Device>) -> Result<(), SetupError> {
+        self.add_with(device, Doorbells::One)
+    }
+
+    fn add_with(
+        &mut self,
+        device: Box<dyn Device>,
+        doorbells: Doorbells,
+    ) -> Result<(), SetupError> {
         let slot = self.transports.len();
-        let link = link(self.vm, slot, self.pages)?;
+        let link = link(self.vm, slot, self.pages, doorbells)?;
         self.transports.push(self.io.attach(device, link));
         Ok(())
     }
@@ -201,11 +216,16 @@ fn networks(plugged: usize, spare: usize) -> Result<Vec<Arc<Port>>, SetupError> 
 }
 
 /// The wires of the device in `slot`.
-fn link(vm: &Vm, slot: usize, pages: &'static [Page]) -> Result<Arc<Link>, SetupError> {
+fn link(
+    vm: &Vm,
+    slot: usize,
+    pages: &'static [Page],
+    doorbells: Doorbells,
+) -> Result<Arc<Link>, SetupError> {
     let (Some(page), Some(interrupt)) = (pages.get(slot), interrupts(slot + 1).pop()) else {
         return Err(SetupError::Value("more devices than slots"));
     };
-    let link = Arc::new(Link::new(page).map_err(host("make an eventfd"))?);
+    let link = Arc::new(Link::new(page, doorbells).map_err(host("make an eventfd"))?);
     vm.wire(&link, device_base(slot), u32::from(interrupt))?;
     Ok(link)
 }

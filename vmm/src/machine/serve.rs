@@ -81,8 +81,8 @@ impl Machine {
             Ok(Heard::Nothing) => None,
             Ok(Heard::Closed) => Some(stopped("the owner is gone")),
             Ok(Heard::Request(Request::Stop, _)) => Some(stopped("stopped by its owner")),
-            Ok(Heard::Request(request, fd)) => {
-                self.obey(request, fd, control);
+            Ok(Heard::Request(request, fds)) => {
+                self.obey(request, fds, control);
                 None
             }
             Err(error @ ControlError::Receive(_)) => Some(End {
@@ -96,18 +96,20 @@ impl Machine {
         }
     }
 
-    fn obey(&self, request: Request, fd: Option<OwnedFd>, control: &Control) {
+    fn obey(&self, request: Request, fds: Vec<OwnedFd>, control: &Control) {
+        let mut fds = fds.into_iter();
         let answer = match request {
             Request::Connect { port } => {
                 // Without a socket there is nothing to connect.
-                if let Some(socket) = fd {
+                if let Some(socket) = fds.next() {
                     self.dials.push(port, UnixStream::from(socket));
                 }
                 return;
             }
             Request::Plug { slot, mac } => {
-                if let (Some(tap), Some((port, device))) = (fd, self.network(slot))
-                    && port.plug(tap, mac)
+                let plugged = fds.next().zip(self.network(slot));
+                if let Some((tap, (port, device))) = plugged
+                    && port.plug(tap, fds.next(), mac)
                 {
                     device.replace(VIRTIO_ID_NET);
                 }

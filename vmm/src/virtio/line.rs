@@ -2,7 +2,8 @@
 //!
 //! Contract: `raise` sets the reason before it fires the irqfd, so a driver that sees the interrupt sees the reason.
 //! An acknowledgement of nothing but returned chains never arrives here: KVM swallows it, which saves an exit for every
-//! interrupt. The bit then stays set, and a driver that reads it looks at its rings once more than it must.
+//! interrupt. The bit then stays set, and a driver that reads it looks at its rings once more than it must. That is also
+//! how others can interrupt the driver (vhost-net): the bit is set for good, and they fire the irqfd themselves.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -32,6 +33,8 @@ pub struct Line {
     /// Where the driver reads the reasons and the status.
     page: &'static Page,
     needs_reset: AtomicBool,
+    /// Others return chains, so [`Reason::Used`] is true whenever the driver looks.
+    others_use: AtomicBool,
 }
 
 impl Line {
@@ -44,6 +47,7 @@ impl Line {
             irqfd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             page,
             needs_reset: AtomicBool::new(false),
+            others_use: AtomicBool::new(false),
         })
     }
 
@@ -78,9 +82,21 @@ impl Line {
         self.page.word(VIRTIO_MMIO_STATUS)
     }
 
+    /// From here to the next reset somebody else returns chains and fires the irqfd.
+    pub fn share(&self) {
+        self.others_use.store(true, Ordering::SeqCst);
+        self.pending()
+            .fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
+    }
+
     /// The driver acknowledges these reasons.
     pub fn acknowledge(&self, bits: u32) {
-        self.pending().fetch_and(!bits, Ordering::SeqCst);
+        let kept = if self.others_use.load(Ordering::SeqCst) {
+            VIRTIO_MMIO_INT_VRING
+        } else {
+            0
+        };
+        self.pending().fetch_and(!bits | kept, Ordering::SeqCst);
     }
 
     /// Shows the device's status, with the wish for a reset if there is one.
@@ -95,6 +111,7 @@ impl Line {
     /// Back to power-on.
     pub fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
+        self.others_use.store(false, Ordering::SeqCst);
         self.pending().store(0, Ordering::SeqCst);
     }
 }
@@ -117,6 +134,25 @@ mod tests {
         line.acknowledge(VIRTIO_MMIO_INT_CONFIG);
         assert_eq!(status(), VIRTIO_MMIO_INT_VRING);
         line.reset();
+        assert_eq!(status(), 0);
+    }
+
+    #[test]
+    fn whoever_shares_a_line_is_always_a_reason() {
+        let page = &Page::leak(1)[0];
+        let line = Line::new(page).unwrap();
+        let status = || {
+            page.word(VIRTIO_MMIO_INTERRUPT_STATUS)
+                .load(Ordering::SeqCst)
+        };
+        line.share();
+        line.raise(Reason::Config);
+        line.acknowledge(VIRTIO_MMIO_INT_CONFIG | VIRTIO_MMIO_INT_VRING);
+        assert_eq!(status(), VIRTIO_MMIO_INT_VRING);
+        line.reset();
+        assert_eq!(status(), 0);
+        line.raise(Reason::Used);
+        line.acknowledge(VIRTIO_MMIO_INT_VRING);
         assert_eq!(status(), 0);
     }
 

@@ -17,13 +17,22 @@ use super::mmio::{Effect, Registers};
 use super::worker::{Command, Mailbox};
 use super::{Device, Page};
 
+/// How the driver's kicks of a device arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doorbells {
+    /// At one eventfd for all queues.
+    One,
+    /// At one for each of so many queues.
+    OnePerQueue(usize),
+}
+
 /// What the registers and the device's thread share.
 #[derive(Debug)]
 pub struct Link {
     /// The device's interrupt.
     pub line: Line,
-    /// Written by KVM when the driver kicks any queue.
-    pub kick: EventFd,
+    /// Written by KVM when the driver kicks: one for any queue, or one each.
+    pub kicks: Vec<EventFd>,
     /// What the driver reads.
     page: &'static Page,
 }
@@ -33,12 +42,25 @@ impl Link {
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn new(page: &'static Page) -> io::Result<Self> {
+    pub fn new(page: &'static Page, doorbells: Doorbells) -> io::Result<Self> {
+        let count = match doorbells {
+            Doorbells::One => 1,
+            Doorbells::OnePerQueue(queues) => queues,
+        };
+        let kicks = (0..count).map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK));
         Ok(Self {
             line: Line::new(page)?,
-            kick: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            kicks: kicks.collect::<io::Result<_>>()?,
             page,
         })
+    }
+
+    /// As if the driver had kicked every queue.
+    pub fn kick(&self) {
+        for kick in &self.kicks {
+            // Fails only when the counter is full, and then a kick is pending already.
+            let _ = kick.write(1);
+        }
     }
 }
 
@@ -78,7 +100,7 @@ impl Transport {
         match (offset, data.try_into().map(u32::from_le_bytes)) {
             (VIRTIO_MMIO_INTERRUPT_ACK, Ok(bits)) => self.link.line.acknowledge(bits),
             // Normally KVM does this by ioeventfd; a kick of another width arrives here.
-            (VIRTIO_MMIO_QUEUE_NOTIFY, _) => drop(self.link.kick.write(1)),
+            (VIRTIO_MMIO_QUEUE_NOTIFY, _) => self.link.kick(),
             _ => self.write_register(offset, data),
         }
     }

@@ -171,6 +171,24 @@ impl Io {
     pub fn config_changed(&self) {
         self.link.line.raise(Reason::Config);
     }
+
+    /// Leaves the queues to somebody who waits for kicks and interrupts the driver by himself, until the device is reset:
+    /// the doorbells of all queues, in their order, and the interrupt. `None`: the queues have no doorbells of their own.
+    ///
+    /// # Errors
+    /// epoll's.
+    pub fn hand_over(&self) -> io::Result<Option<(&[EventFd], &EventFd)>> {
+        if self.link.kicks.len() != self.queues.len() {
+            return Ok(None);
+        }
+        for kick in &self.link.kicks {
+            let gone = ControlOperation::Delete;
+            self.watch
+                .control(gone, kick.as_raw_fd(), 0, EventSet::empty())?;
+        }
+        self.link.line.share();
+        Ok(Some((&self.link.kicks, &self.link.line.irqfd)))
+    }
 }
 
 struct Slot {
@@ -306,13 +324,16 @@ impl Worker {
         let number = u32::try_from(index).unwrap_or(MAILBOX - 1);
         let watch = Watch::new(self.epoll.clone(), number);
         let link = slot.link.clone();
-        if let Err(source) = watch.control(
-            ControlOperation::Add,
-            link.kick.as_raw_fd(),
-            KICK,
-            // The edge is all that matters: the counter is never read, which saves a system call a kick.
-            EventSet::IN | EventSet::EDGE_TRIGGERED,
-        ) {
+        let mut watched = link.kicks.iter().map(|kick| {
+            watch.control(
+                ControlOperation::Add,
+                kick.as_raw_fd(),
+                KICK,
+                // The edge is all that matters: the counter is never read, which saves a system call a kick.
+                EventSet::IN | EventSet::EDGE_TRIGGERED,
+            )
+        });
+        if let Err(source) = watched.try_for_each(|watched| watched) {
             return self.failed(
                 index,
                 DeviceError::Host {
@@ -378,10 +399,10 @@ impl Worker {
         };
         if let Some(mut io) = slot.io.take() {
             slot.device.reset(&mut io);
-            let kick = slot.link.kick.as_raw_fd();
-            let _ = io
-                .watch
-                .control(ControlOperation::Delete, kick, 0, EventSet::empty());
+            for kick in &slot.link.kicks {
+                let (gone, kick) = (ControlOperation::Delete, kick.as_raw_fd());
+                let _ = io.watch.control(gone, kick, 0, EventSet::empty());
+            }
         }
     }
 }
@@ -407,7 +428,7 @@ fn finish_turn(link: &Link, io: &mut Io) -> Result<(), DeviceError> {
         link.line.raise(Reason::Used);
     }
     if again {
-        let _ = link.kick.write(1);
+        link.kick();
     }
     Ok(())
 }

@@ -158,7 +158,7 @@ impl Tasks {
         let (mut network, mut networks) = (None, Vec::new());
         if let Some(path) = bundle.network_path() {
             let network = network.insert(Network::beside(path, &bundle.path)?);
-            networks = network.boot(config.spare_interfaces)?;
+            networks = network.boot(config)?;
         }
         let booting = Boot {
             dir: &bundle.path,

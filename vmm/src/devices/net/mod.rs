@@ -7,6 +7,7 @@
 //! | `port.rs` | what the interface is connected to, plugged and unplugged while the guest runs |
 //! | `tap.rs` | what the tap is told: header size, offloads (`unsafe`) |
 //! | `stream.rs`, `frames.rs` | the device on a stream socket in place of a tap |
+//! | `vhost.rs` | the host's kernel moves the packets instead (`unsafe`) |
 //!
 //! Contract: a packet moves with one system call between tap and guest memory, with its virtio header, which the tap
 //! speaks too; we read nothing of it. Checksums and TCP segmentation are left undone between guest and host where both
@@ -14,7 +15,8 @@
 //! per call: [`receive::PACKETS_PER_EVENT`] packets in, a queue's turn out. A tap that is gone (its namespace was
 //! removed) loses packets and nothing else. The guest's agent sets the MTU, which follows the host's: it is not offered as
 //! a feature, because a driver takes that for the largest one ever.
-//! Seam: a filter on source addresses belongs into `transmit.rs`, on a private copy of the packet's head.
+//! With a vhost-net device the kernel serves both queues of a driver that set both up, and this thread neither wakes for
+//! a packet nor sees one. Limits and filters are the tap's, on the host.
 //! Spec: virtio 1.2, 5.1.
 
 mod frames;
@@ -23,8 +25,9 @@ mod receive;
 mod stream;
 mod tap;
 mod transmit;
+mod vhost;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net::{
@@ -36,8 +39,9 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::counters::{Counter, Counters};
 use crate::memory::Mem;
-use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, Io};
+use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, GuestFault, Io};
 
+use port::Plug;
 pub use port::Port;
 use receive::{Receiver, Stop};
 pub use stream::StreamNet;
@@ -49,6 +53,8 @@ const TRANSMIT: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 /// The tap's token.
 const TAP: u32 = 0;
+/// The token of vhost-net's complaints.
+const COMPLAINT: u32 = 1;
 
 /// `struct virtio_net_hdr_v1`, in front of each packet.
 const HEADER_BYTES: usize = 12;
@@ -103,8 +109,8 @@ pub struct Net {
     mem: Mem,
     traffic: Traffic,
     /// There while the device is active and something is plugged in.
-    tap: Option<Arc<OwnedFd>>,
-    /// There with the tap.
+    plug: Option<Arc<Plug>>,
+    /// There with it, unless the kernel moves the packets.
     receiver: Option<Receiver>,
     watched: Watched,
     chain: Chain,
@@ -119,7 +125,7 @@ impl Net {
             config: port.config().clone(),
             mem: mem.clone(),
             traffic: Traffic::new(name, counters),
-            tap: None,
+            plug: None,
             receiver: None,
             watched: Watched::Gone,
             chain: Chain::new(mem),
@@ -128,12 +134,12 @@ impl Net {
 
     /// Moves packets into the guest until the tap is empty, the guest's buffers are, or it is another's turn.
     fn receive(&mut self, io: &mut Io) -> Result<(), DeviceError> {
-        let (Some(receiver), Some(tap), Some(queue)) =
-            (&mut self.receiver, &self.tap, io.queues.get_mut(RECEIVE))
+        let (Some(receiver), Some(plug), Some(queue)) =
+            (&mut self.receiver, &self.plug, io.queues.get_mut(RECEIVE))
         else {
             return Ok(());
         };
-        let wanted = match receiver.run(queue, tap.as_fd())? {
+        let wanted = match receiver.run(queue, plug.tap.as_fd())? {
             Stop::TapEmpty | Stop::Turn => Watched::Yes,
             Stop::NoBuffers => Watched::Paused,
             Stop::TapGone => Watched::Gone,
@@ -142,7 +148,7 @@ impl Net {
     }
 
     fn watch(&mut self, wanted: Watched, io: &Io) -> Result<(), DeviceError> {
-        let Some(tap) = &self.tap else {
+        let Some(Plug { tap, .. }) = self.plug.as_deref() else {
             return Ok(());
         };
         if self.watched == wanted {
@@ -200,10 +206,20 @@ impl Device for Net {
         let host = |step| move |source| DeviceError::Host { step, source };
         let has = |feature: u32| io.features & 1 << feature != 0;
         // A guest may use a device of no kind; it gets no packets.
-        let Some(tap) = self.port.tap() else {
+        let Some(plug) = self.port.plugged() else {
             return Ok(());
         };
-        tap::set_up(tap.as_fd(), tap::offloads(io.features)).map_err(host("set up the tap"))?;
+        let plug = self.plug.insert(plug);
+        let tap = plug.tap.as_fd();
+        tap::set_up(tap, tap::offloads(io.features)).map_err(host("set up the tap"))?;
+        if let Some(vhost) = &plug.vhost
+            && vhost.take_over(io, tap)?
+        {
+            return io
+                .watch
+                .add(vhost.complaint(), COMPLAINT, EventSet::IN)
+                .map_err(host("watch vhost-net"));
+        }
         self.receiver = Some(Receiver::new(
             &self.mem,
             HEADER_BYTES + LARGEST_BYTES,
@@ -211,9 +227,8 @@ impl Device for Net {
             self.traffic.received.clone(),
         ));
         self.watched = Watched::Yes;
-        let tap = self.tap.insert(tap);
         io.watch
-            .add(tap.as_fd(), TAP, EventSet::IN)
+            .add(tap, TAP, EventSet::IN)
             .map_err(host("watch the tap"))
     }
 
@@ -225,12 +240,16 @@ impl Device for Net {
                 Watched::Yes | Watched::Gone => Ok(()),
             };
         }
+        let plug = self.plug.as_deref();
+        if plug.is_some() && self.receiver.is_none() {
+            return Ok(()); // the kernel's
+        }
         let Some(queue) = io.queues.get_mut(TRANSMIT) else {
             return Ok(());
         };
         while queue.pop(&mut self.chain)? {
-            let tap = self.tap.as_ref();
-            let counter = if tap.is_some_and(|tap| transmit::send(&self.chain, tap.as_fd())) {
+            let sent = plug.is_some_and(|plug| transmit::send(&self.chain, plug.tap.as_fd()));
+            let counter = if sent {
                 &self.traffic.sent
             } else {
                 &self.traffic.dropped
@@ -241,7 +260,11 @@ impl Device for Net {
         Ok(())
     }
 
-    fn event(&mut self, _: u32, events: u32, io: &mut Io) -> Result<(), DeviceError> {
+    fn event(&mut self, token: u32, events: u32, io: &mut Io) -> Result<(), DeviceError> {
+        if token == COMPLAINT {
+            let what = "vhost-net cannot make sense of it";
+            return Err(GuestFault::Ring(what).into());
+        }
         if EventSet::from_bits_truncate(events).intersects(EventSet::ERROR | EventSet::HANG_UP) {
             return self.watch(Watched::Gone, io);
         }
@@ -249,8 +272,12 @@ impl Device for Net {
     }
 
     fn reset(&mut self, io: &mut Io) {
-        if let Some(tap) = self.tap.take() {
-            io.watch.remove(tap.as_fd());
+        if let Some(plug) = self.plug.take() {
+            io.watch.remove(plug.tap.as_fd());
+            if let Some(vhost) = &plug.vhost {
+                io.watch.remove(vhost.complaint());
+                vhost.stop();
+            }
         }
         self.watched = Watched::Gone;
         self.receiver = None;

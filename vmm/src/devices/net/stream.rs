@@ -6,12 +6,13 @@
 //! Not here: the tap's rate limits and filters; the peer is the caller's own process.
 //! Spec: virtio 1.2, 5.1.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS};
 use vmm_sys_util::epoll::EventSet;
 
+use super::Plug;
 use super::frames::{Incoming, MIN_FRAME_BYTES, Outgoing};
 use super::receive::Receiver;
 use super::{
@@ -27,7 +28,7 @@ const FEATURES: u64 =
 
 /// The socket while the device is active.
 struct Link {
-    socket: Arc<OwnedFd>,
+    plug: Arc<Plug>,
     incoming: Incoming,
     outgoing: Outgoing,
     receiver: Receiver,
@@ -95,11 +96,8 @@ impl StreamNet {
         };
         let mut more = true;
         loop {
-            if let Some(Link {
-                socket, outgoing, ..
-            }) = &mut self.link
-            {
-                if outgoing.flush(socket.as_fd()).is_err() {
+            if let Some(Link { plug, outgoing, .. }) = &mut self.link {
+                if outgoing.flush(plug.tap.as_fd()).is_err() {
                     return self.hang_up(io);
                 }
                 if outgoing.waits() {
@@ -140,7 +138,7 @@ impl StreamNet {
     /// The peer is gone: what the guest sends from now on is dropped.
     fn hang_up(&mut self, io: &mut Io) -> Result<(), DeviceError> {
         if let Some(link) = self.link.take() {
-            io.watch.remove(link.socket.as_fd());
+            io.watch.remove(link.plug.tap.as_fd());
         }
         // Those that were held back are lost.
         self.transmit(io)
@@ -157,7 +155,7 @@ impl StreamNet {
             return Ok(());
         }
         link.watched = wanted;
-        let changed = io.watch.modify(link.socket.as_fd(), SOCKET, wanted);
+        let changed = io.watch.modify(link.plug.tap.as_fd(), SOCKET, wanted);
         changed.map_err(|source| DeviceError::Host {
             step: "watch the network's socket",
             source,
@@ -187,12 +185,12 @@ impl Device for StreamNet {
     }
 
     fn activate(&mut self, io: &mut Io) -> Result<(), DeviceError> {
-        let Some(socket) = self.port.tap() else {
+        let Some(plug) = self.port.plugged() else {
             return Ok(());
         };
         let mergeable = io.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let link = self.link.insert(Link {
-            socket,
+            plug,
             incoming: Incoming::new(),
             outgoing: Outgoing::default(),
             receiver: Receiver::new(
@@ -204,7 +202,7 @@ impl Device for StreamNet {
             starved: false,
             watched: EventSet::IN,
         });
-        let added = io.watch.add(link.socket.as_fd(), SOCKET, EventSet::IN);
+        let added = io.watch.add(link.plug.tap.as_fd(), SOCKET, EventSet::IN);
         added.map_err(|source| DeviceError::Host {
             step: "watch the network's socket",
             source,
@@ -226,7 +224,7 @@ impl Device for StreamNet {
             return Ok(());
         };
         if events.contains(EventSet::IN) {
-            match link.incoming.fill(link.socket.as_fd()) {
+            match link.incoming.fill(link.plug.tap.as_fd()) {
                 Ok(_) => self.receive(io)?,
                 Err(_) => return self.hang_up(io),
             }
@@ -241,7 +239,7 @@ impl Device for StreamNet {
 
     fn reset(&mut self, io: &mut Io) {
         if let Some(link) = self.link.take() {
-            io.watch.remove(link.socket.as_fd());
+            io.watch.remove(link.plug.tap.as_fd());
         }
     }
 }
