@@ -22,7 +22,7 @@ struct Sizes {
 
 /// Starts an idle container, prints the sizes of its processes, and removes it.
 pub(crate) fn report(place: &Place) -> io::Result<()> {
-    place.configure(Some(GUEST_MIB))?;
+    place.configure(&format!("default_memory_mib = {GUEST_MIB}\n"))?;
     let bundle = place.bundle(&["sleep", "1000"])?;
     let call = |args: &[&str]| {
         let mut command = Command::new(place.dir.join("caisson"));
@@ -38,7 +38,7 @@ pub(crate) fn report(place: &Place) -> io::Result<()> {
     }
     let result = sizes_of_idle(&call);
     call(&["delete", "--force", "idle"]).status()?;
-    place.configure(None)?;
+    place.configure("")?;
     result
 }
 

@@ -4,12 +4,13 @@
 //! (this program, the kernel, the VMM, the guest), so a difference of two clock readings is a count and repeats exactly.
 //! Each subject runs the same bundle (busybox `true`). Three separate passes, so that no measurement is inside another:
 //! the clock alone; VM exits, by a histogram on `kvm:kvm_exit`; phases, by the rare trace events that part them.
-//! Prints tables and fails nothing; `bench files` and `bench steps` print only that of operations on files or of single
-//! commands.
+//! Prints tables and fails nothing; `bench files`, `bench network` and `bench steps` print only that of operations on files,
+//! of packets or of single commands.
 //! Not here: the lab (`tests/lab`), judging the figures (the README's reader).
 
 mod files;
 mod idle;
+mod network;
 mod steps;
 mod subject;
 mod trace;
@@ -38,6 +39,7 @@ fn bench() -> io::Result<()> {
     let place = subject::Place::prepare()?;
     match std::env::args().nth(1).as_deref() {
         Some("files") => return files::report(&place),
+        Some("network") => return network::report(&place, &trace::Trace::open()?),
         Some("steps") => return steps::report(&place),
         _ => {}
     }
@@ -55,7 +57,8 @@ fn bench() -> io::Result<()> {
     phases(&place, &trace)?;
     steps::report(&place)?;
     idle::report(&place)?;
-    files::report(&place)
+    files::report(&place)?;
+    network::report(&place, &trace)
 }
 
 /// Runs a subject and prints its row of the table.

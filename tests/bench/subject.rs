@@ -227,22 +227,19 @@ impl Place {
             fs::copy(found, dir.join(program))?;
         }
         let place = Self { dir };
-        place.configure(None)?;
+        place.configure("")?;
         Ok(place)
     }
 
-    /// Writes caisson's configuration, with another size of the guest's memory if one is given.
-    pub(crate) fn configure(&self, memory_mib: Option<u32>) -> io::Result<()> {
+    /// Writes caisson's configuration, with more lines at its end.
+    pub(crate) fn configure(&self, more: &str) -> io::Result<()> {
         // The lab's emulated processor contradicts itself about XSAVE when it is nested.
-        let mut text = format!(
-            "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nkernel_params = \"noxsave\"\n",
+        let text = format!(
+            "kernel = {:?}\ninitramfs = {:?}\nvmm = {:?}\nkernel_params = \"noxsave\"\n{more}",
             self.dir.join("vmlinux"),
             self.dir.join("initramfs.cpio"),
             self.dir.join("caisson-vmm"),
         );
-        if let Some(mib) = memory_mib {
-            text += &format!("default_memory_mib = {mib}\n");
-        }
         fs::write(self.dir.join("config.toml"), text)
     }
 
@@ -274,7 +271,7 @@ impl Place {
     }
 
     /// Changes the bundle's `config.json`.
-    fn edit(&self, change: impl FnOnce(&mut Value)) -> io::Result<()> {
+    pub(crate) fn edit(&self, change: impl FnOnce(&mut Value)) -> io::Result<()> {
         let file = self.dir.join("bundle/config.json");
         let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
         change(&mut spec);
@@ -296,6 +293,11 @@ impl Place {
                 return Err(io::Error::other("no initramfs for the microvm"));
             }
         }
+        Ok(self.microvm_of(&archive))
+    }
+
+    /// Arguments of QEMU's microvm: the guest kernel, and this initramfs.
+    pub(crate) fn microvm_of(&self, archive: &Path) -> Vec<String> {
         let kernel = self.dir.join("vmlinux").display().to_string();
         let arguments = format!(
             "-accel kvm -cpu host -M {MACHINE},isa-serial=off -m 256 -smp 1 -nodefaults -no-user-config -display none \
@@ -304,7 +306,7 @@ impl Place {
         );
         let mut list: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
         list.extend(["-append".to_owned(), format!("{WORDS} rdinit=/init")]);
-        Ok(list)
+        list
     }
 
     /// Address of the guest kernel's PVH entry: the ELF note of type 18 by "Xen" (PVH boot protocol).
