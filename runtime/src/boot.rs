@@ -8,16 +8,13 @@
 use std::{
     fs::OpenOptions,
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::Path,
     time::Duration,
 };
 
 use caisson_vmm_spec::MemoryPolicy;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     bundle::VmSection,
@@ -94,7 +91,7 @@ impl Boot<'_> {
             || config.kernel_params.clone(),
             |kernel| kernel.parameters.join(" "),
         );
-        let cgroup = cgroup.map(|cgroup| directory(cgroup.path())).transpose()?;
+        let cgroup = cgroup.map(HostCgroup::entry).transpose();
         Ok(Booting::start(Machine {
             program: &config.vmm,
             kernel: kernel.map_or(&config.kernel, |kernel| &kernel.path),
@@ -113,7 +110,7 @@ impl Boot<'_> {
             vhost_net: config.vhost_net,
             console: config.debug_console.then(|| log_file(dir)).transpose()?,
             alive: Some(lock_file(dir)?),
-            cgroup: cgroup.as_ref().map(AsFd::as_fd),
+            cgroup: cgroup.map_err(host("open the cgroup"))?,
         })?)
     }
 }
@@ -137,12 +134,6 @@ fn log_file(dir: &Path) -> Result<OwnedFd, StartError> {
         .open(dir.join("console.log"))
         .map(Into::into)
         .map_err(host("open the guest's console log"))
-}
-
-fn directory(path: &Path) -> Result<OwnedFd, StartError> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty())
-        .map_err(|errno| host("open the cgroup")(errno.into()))
 }
 
 /// The file whose lock the VMM holds for as long as it lives.

@@ -4,17 +4,18 @@
 //! caller's own cgroup, under the container's ID, as runc does), limited by `limits.rs`, joined by the monitor before
 //! it starts the VMM, which inherits it, and removed by `delete` with whatever process is left in it. Dropping a made
 //! cgroup removes it again until [`HostCgroup::keep`].
+//! On a host with cgroup v1 it is one in each hierarchy (`v1.rs`).
 //! With `--systemd-cgroup` systemd makes it: a transient scope, which the monitor is in from the beginning.
 //! Where the caller may do without rights (`rootless.rs`) and asks neither for limits nor for a place, a sandbox whose
 //! cgroup cannot be made goes without one.
 //! A populated cgroup is never taken over: what is in it belongs to somebody else.
-//! Not here: the container's own limits, which hold in the guest; cgroup v1 (refused).
+//! Not here: the container's own limits, which hold in the guest.
 //! Spec: Linux, Documentation/admin-guide/cgroup-v2.rst; runc 1.1, libcontainer/cgroups/fs2.
 
 use std::{
     fs,
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -22,6 +23,7 @@ use std::{
 use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags},
     io::{Errno, retry_on_intr},
 };
 use serde::{Deserialize, Serialize};
@@ -38,6 +40,7 @@ mod place;
 mod properties;
 mod scope;
 mod systemd;
+mod v1;
 
 use scope::Scope;
 
@@ -57,11 +60,11 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 /// Why the host's cgroup cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// The host still has the first version.
+    /// systemd makes scopes of the first version in other ways.
     #[error(
-        "{ROOT} is not a cgroup v2 mount: boot this host with systemd.unified_cgroup_hierarchy=1"
+        "systemd cgroups are not supported on a host with cgroup v1: boot it with systemd.unified_cgroup_hierarchy=1"
     )]
-    NotV2,
+    SystemdV1,
     /// systemd does not do its part.
     #[error(transparent)]
     Systemd(#[from] SystemdError),
@@ -155,10 +158,30 @@ pub struct Terms {
     pub rootless: Rootless,
 }
 
+/// How a process gets into a cgroup.
+#[derive(Debug)]
+pub enum Entry {
+    /// It is born there: the directory, of cgroup v2.
+    Directory(OwnedFd),
+    /// It writes 0 into each: the files `cgroup.procs` of cgroup v1.
+    Doors(Vec<OwnedFd>),
+}
+
+/// The files by which this process, if it is moved, comes back to where it is now.
+pub fn way_back() -> Vec<PathBuf> {
+    if !is_v2() {
+        return v1::way_back();
+    }
+    let own = place::own().map(|own| Path::new(ROOT).join(own).join("cgroup.procs"));
+    own.into_iter().collect()
+}
+
 /// The cgroup of one sandbox.
 #[derive(Debug)]
 pub struct HostCgroup {
     path: PathBuf,
+    /// All of it on a host with cgroup v1, where `path` is that in the hierarchy for memory.
+    first: Option<v1::Tree>,
     /// systemd's name for it, if it is systemd's.
     unit: Option<String>,
     /// Directories that making it made, outermost first; removed on drop.
@@ -176,9 +199,6 @@ impl HostCgroup {
         size: VmSize,
         terms: Terms,
     ) -> Result<Option<Self>, CgroupError> {
-        if !is_v2() {
-            return Err(CgroupError::NotV2);
-        }
         let asked = spec
             .linux()
             .as_ref()
@@ -188,8 +208,12 @@ impl HostCgroup {
         if terms.systemd {
             return Self::make_scope(spec, &Scope::of(asked, id)?, &limits).map(Some);
         }
-        let relative = place::of(asked, id)?;
-        let made = Self::make_below(Path::new(ROOT), &relative, &controllers(&limits));
+        let made = if is_v2() {
+            let relative = place::of(asked, id)?;
+            Self::make_below(Path::new(ROOT), &relative, &controllers(&limits))
+        } else {
+            Self::make_everywhere(asked, id)
+        };
         let cgroup = match made {
             Err(error) if asked.is_none() && error.is_permission() && terms.rootless.applies() => {
                 return go_without(spec, error).map(|()| None);
@@ -200,8 +224,31 @@ impl HostCgroup {
         Ok(Some(cgroup))
     }
 
+    /// Makes it in every hierarchy of cgroup v1.
+    fn make_everywhere(asked: Option<&Path>, id: &ContainerId) -> Result<Self, CgroupError> {
+        let tree = v1::Tree::of(asked, id)?.ok_or_else(v1::none_mounted)?;
+        let mut cgroup = Self {
+            path: tree.main(),
+            first: None,
+            unit: None,
+            made: Vec::new(),
+            way_back: None,
+        };
+        tree.make(&mut cgroup.made)?;
+        if !cgroup.made.contains(&cgroup.path) && tree.is_populated()? {
+            return Err(CgroupError::Populated {
+                path: cgroup.path.clone(),
+            });
+        }
+        cgroup.first = Some(tree);
+        Ok(cgroup)
+    }
+
     /// Has systemd make a scope, with this process in it.
     fn make_scope(spec: &Spec, scope: &Scope, limits: &[Limit]) -> Result<Self, CgroupError> {
+        if !is_v2() && systemd::is_running() {
+            return Err(CgroupError::SystemdV1);
+        }
         let pid = std::process::id();
         let mut properties = properties::of_scope(scope, pid, limits);
         let annotations = spec.annotations().iter().flatten();
@@ -211,6 +258,7 @@ impl HostCgroup {
         systemd::start(&scope.unit, &properties)?;
         let cgroup = Self {
             path: Path::new(ROOT).join(&scope.path),
+            first: None,
             unit: Some(scope.unit.clone()),
             made: Vec::new(),
             way_back: Some(way_back),
@@ -221,9 +269,11 @@ impl HostCgroup {
 
     /// Names the cgroup of an existing container, as its state file has it: the directory, and systemd's unit if it is
     /// one.
-    pub const fn at(path: PathBuf, unit: Option<String>) -> Self {
+    pub fn at(path: PathBuf, unit: Option<String>) -> Self {
+        let first = if is_v2() { None } else { v1::Tree::at(&path) };
         Self {
             path,
+            first,
             unit,
             made: Vec::new(),
             way_back: None,
@@ -235,30 +285,59 @@ impl HostCgroup {
         self.unit.as_deref()
     }
 
-    /// Its directory.
+    /// Its directory; with cgroup v1 that in the hierarchy for memory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// How a child of this process gets into it.
+    pub fn entry(&self) -> io::Result<Entry> {
+        if let Some(tree) = &self.first {
+            return Ok(Entry::Doors(tree.doors()?));
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(&self.path, flags, Mode::empty())?;
+        Ok(Entry::Directory(directory))
     }
 
     /// Changes limits, all or none; answers what was there before.
     pub fn change(&self, limits: &[Limit]) -> Result<Vec<Limit>, CgroupError> {
         match &self.unit {
             Some(unit) => systemd::change(unit, &properties::of_limits(limits))?,
-            None => self.hand_down_to(&controllers(limits)),
+            None if self.first.is_none() => self.hand_down_to(&controllers(limits)),
+            None => {}
         }
         let mut before: Vec<Limit> = Vec::new();
         for limit in limits {
-            let old = fs::read_to_string(self.path.join(limit.file));
+            let old = self.current(limit);
             if let Err(refused) = self.limit(std::slice::from_ref(limit)) {
                 self.change_back(&before);
                 return Err(refused);
             }
-            before.extend(old.ok().map(|text| Limit {
-                file: limit.file,
-                value: text.trim_end().to_owned(),
-            }));
+            before.extend(old);
         }
         Ok(before)
+    }
+
+    /// What holds at present where a limit is going to be written.
+    fn current(&self, limit: &Limit) -> Option<Limit> {
+        let text = |text: String| text.trim_end().to_owned();
+        let file = limit.file;
+        let Some(tree) = &self.first else {
+            let value = fs::read_to_string(self.path.join(file)).ok().map(text)?;
+            return Some(Limit {
+                file,
+                value,
+                first_version: Vec::new(),
+            });
+        };
+        let files = limit.first_version.iter();
+        let old = files.filter_map(|(file, _)| Some((*file, tree.read(file).map(text)?)));
+        Some(Limit {
+            file,
+            value: String::new(),
+            first_version: old.collect(),
+        })
     }
 
     /// Undoes a change, as far as that is possible: the error that led here is the one to report.
@@ -283,6 +362,9 @@ impl HostCgroup {
 
     /// What the whole sandbox uses on the host.
     pub fn stats(&self) -> Result<Stats, StatsError> {
+        if let Some(tree) = &self.first {
+            return Stats::parse(&tree.counters());
+        }
         let read = |&name: &&str| {
             Some((
                 name.to_owned(),
@@ -294,6 +376,9 @@ impl HostCgroup {
 
     /// Moves the calling process into it.
     pub fn join(&self) -> Result<(), CgroupError> {
+        if let Some(tree) = &self.first {
+            return tree.join();
+        }
         self.write("cgroup.procs", "0")
             .map_err(|source| self.failed("join", source))
     }
@@ -308,6 +393,9 @@ impl HostCgroup {
 
     /// Kills what is left in it and removes it. Already gone: fine. Waits until the killed processes have left.
     pub fn remove(self) -> Result<(), CgroupError> {
+        if let Some(tree) = &self.first {
+            return tree.remove(LEAVE_LIMIT);
+        }
         if self.path.exists() {
             match self.write("cgroup.kill", "1") {
                 Ok(()) => {}
@@ -323,7 +411,13 @@ impl HostCgroup {
     }
 
     fn make_below(root: &Path, relative: &Path, controllers: &[&str]) -> Result<Self, CgroupError> {
-        let mut cgroup = Self::at(root.to_owned(), None);
+        let mut cgroup = Self {
+            path: root.to_owned(),
+            first: None,
+            unit: None,
+            made: Vec::new(),
+            way_back: None,
+        };
         for part in relative.components() {
             // Handing down is best effort: a controller that a limit needs and that is not there fails with the limit.
             hand_down(&cgroup.path, controllers);
@@ -345,6 +439,11 @@ impl HostCgroup {
 
     fn limit(&self, limits: &[limits::Limit]) -> Result<(), CgroupError> {
         for limit in limits {
+            if let Some(tree) = &self.first {
+                let mut files = limit.first_version.iter();
+                files.try_for_each(|(file, value)| tree.write(file, value))?;
+                continue;
+            }
             self.write(limit.file, &limit.value)
                 .map_err(|source| CgroupError::Limit {
                     path: self.path.join(limit.file),
@@ -526,6 +625,7 @@ mod tests {
         let limit = |file| limits::Limit {
             file,
             value: String::new(),
+            first_version: Vec::new(),
         };
         assert_eq!(
             controllers(&[limit("memory.max"), limit("cpu.max")]),
@@ -590,6 +690,7 @@ mod tests {
         let limit = limits::Limit {
             file: "memory.max",
             value: "5".into(),
+            first_version: Vec::new(),
         };
         let error = cgroup.limit(&[limit]).unwrap_err();
         let wanted = format!(

@@ -2,6 +2,7 @@
 //!
 //! Contract: the child begins its life in the cgroup (clone3(2), `CLONE_INTO_CGROUP`), so that every page it ever touches
 //! is charged there; moving it later would leave those behind, and costs the kernel a grace period of 10 ms and more.
+//! Into cgroups of the first version it goes before it is the program, since nobody can be born there.
 //! What [`spawn`] started ends with the thread that called: if the owner is killed, the kernel kills the child too,
 //! whatever the child is doing or has become. Call from a thread that lives as long as the process.
 //! It inherits the descriptors that are named, under the numbers that are named, and nothing else but `/dev/null` for
@@ -25,6 +26,8 @@ use std::{
     path::{Path, PathBuf},
     ptr,
 };
+
+use crate::cgroup::Entry;
 
 use rustix::{
     pipe::{PipeFlags, pipe_with},
@@ -52,12 +55,12 @@ pub(crate) struct Program {
     pub(crate) env: Vec<String>,
 }
 
-/// Starts `program` in the cgroup whose directory is `cgroup`. `files` are descriptors and the numbers under which the
+/// Starts `program` in the cgroup behind `cgroup`. `files` are descriptors and the numbers under which the
 /// child finds them, from 2 to 127; what it writes to 2 is its last words.
 pub(crate) fn spawn(
     program: &Path,
     files: Vec<(OwnedFd, i32)>,
-    cgroup: Option<BorrowedFd<'_>>,
+    cgroup: Option<&Entry>,
 ) -> io::Result<Child> {
     let program = Program {
         path: program.to_owned(),
@@ -71,7 +74,7 @@ pub(crate) fn spawn(
 pub(crate) fn spawn_bound(
     program: &Program,
     files: Vec<(OwnedFd, i32)>,
-    cgroup: Option<BorrowedFd<'_>>,
+    cgroup: Option<&Entry>,
 ) -> io::Result<Child> {
     let owner = rustix::process::getpid().as_raw_pid();
     start(program, files, cgroup, Some(owner))
@@ -81,7 +84,7 @@ pub(crate) fn spawn_bound(
 pub(crate) fn spawn_program(
     program: &Program,
     files: Vec<(OwnedFd, i32)>,
-    cgroup: Option<BorrowedFd<'_>>,
+    cgroup: Option<&Entry>,
 ) -> io::Result<Child> {
     start(program, files, cgroup, None)
 }
@@ -89,7 +92,7 @@ pub(crate) fn spawn_program(
 fn start(
     program: &Program,
     files: Vec<(OwnedFd, i32)>,
-    cgroup: Option<BorrowedFd<'_>>,
+    cgroup: Option<&Entry>,
     owner: Option<i32>,
 ) -> io::Result<Child> {
     let path = CString::new(program.path.as_os_str().as_bytes())?;
@@ -114,9 +117,18 @@ fn start(
         .collect();
     let (failure, low) = pipe_with(PipeFlags::CLOEXEC)?;
     let tell = above(&low)?;
-    let started = clone_into(cgroup, 0)?;
+    let (birthplace, doors) = match cgroup {
+        None => (None, Vec::new()),
+        Some(Entry::Directory(directory)) => (Some(directory.as_fd()), Vec::new()),
+        Some(Entry::Doors(doors)) => (None, doors.iter().map(AsRawFd::as_raw_fd).collect()),
+    };
+    let started = clone_into(birthplace, 0)?;
     let Some((pid, process)) = started else {
-        become_program(&path, [&argv, &envp], &plan, tell.as_raw_fd(), owner)
+        let moves = Moves {
+            doors: &doors,
+            files: &plan,
+        };
+        become_program(&path, [&argv, &envp], moves, tell.as_raw_fd(), owner)
     };
     let child = Child {
         pid,
@@ -254,20 +266,35 @@ fn pointers<'t>(texts: impl IntoIterator<Item = &'t CString>) -> Vec<*const libc
     texts.chain([ptr::null()]).collect()
 }
 
+/// Where the child goes before it is the program, and what it takes along.
+#[derive(Clone, Copy)]
+struct Moves<'m> {
+    /// Files of cgroups of the first version.
+    doors: &'m [i32],
+    /// Descriptors and the numbers that they get.
+    files: &'m [(i32, i32)],
+}
+
 /// The child's way to the program: system calls only, until it is the program or has said why not.
 fn become_program(
     program: &CStr,
     [argv, envp]: [&[*const libc::c_char]; 2],
-    plan: &[(i32, i32)],
+    Moves { doors, files }: Moves<'_>,
     tell: i32,
     owner: Option<i32>,
 ) -> ! {
     close_inherited(libc::CLOSE_RANGE_CLOEXEC);
     let bound = owner.is_none_or(bind);
-    let placed = plan.iter().all(|(from, to)| {
-        // SAFETY: dup2 takes numbers; this process has one thread and no use for what it replaces.
-        unsafe { libc::dup2(*from, *to) >= 0 }
+    let entered = doors.iter().all(|door| {
+        // SAFETY: one byte of a literal, into an open file.
+        unsafe { libc::write(*door, c"0".as_ptr().cast(), 1) == 1 }
     });
+    // Only now, because these numbers may be among those that are replaced.
+    let placed = entered
+        && files.iter().all(|(from, to)| {
+            // SAFETY: dup2 takes numbers; this process has one thread and no use for what it replaces.
+            unsafe { libc::dup2(*from, *to) >= 0 }
+        });
     // SAFETY: setpgid takes numbers.
     let grouped = unsafe { libc::setpgid(0, 0) } == 0;
     // SAFETY: the path is a literal that ends in a zero byte.

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
+    cgroup::Entry,
     network::Plug,
     packet::{self, PacketError, Packets},
     spawn::{Child, spawn},
@@ -74,8 +75,8 @@ pub struct Machine<'a> {
     pub console: Option<OwnedFd>,
     /// A locked file that the VMM holds open and never uses: whoever gets its lock knows that the process is gone.
     pub alive: Option<OwnedFd>,
-    /// The directory of the cgroup in which the process begins its life.
-    pub cgroup: Option<BorrowedFd<'a>>,
+    /// The cgroup in which the process begins its life.
+    pub cgroup: Option<Entry>,
 }
 
 /// Why a VM could not be started or spoken to.
@@ -188,7 +189,11 @@ impl Vmm {
         if let Some(alive) = machine.alive {
             files.add(alive);
         }
-        let process = Process::start(machine.program, files.with_spec(&spec)?, machine.cgroup)?;
+        let process = Process::start(
+            machine.program,
+            files.with_spec(&spec)?,
+            machine.cgroup.as_ref(),
+        )?;
         let control = Packets::new(ours).map_err(|source| VmmError::Host {
             step: "watch the VMM's socket",
             source,
@@ -255,7 +260,7 @@ impl Process {
     fn start(
         program: &Path,
         mut files: Vec<(OwnedFd, i32)>,
-        cgroup: Option<BorrowedFd<'_>>,
+        cgroup: Option<&Entry>,
     ) -> Result<Self, VmmError> {
         let host = |step| move |source| VmmError::Host { step, source };
         let (last_words, stderr) = pipe_with(PipeFlags::CLOEXEC)

@@ -1,9 +1,10 @@
 //! The host's side: hooks, the cgroup that `config.json` names, `check`, and misuse of the command line.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 
+use caisson_tests::cgroup::{self, Parent};
 use caisson_tests::{Bundle, Case, Outcome, case::runtime};
 use serde_json::{Value, json};
 
@@ -99,29 +100,6 @@ fn a_poststop_hook_that_fails_is_reported_and_changes_nothing() {
     case.nothing_is_left();
 }
 
-/// A cgroup of the test's own, as an engine makes it for its containers; removed when dropped.
-struct Parent(PathBuf);
-
-impl Parent {
-    fn make() -> Self {
-        let path = format!("/sys/fs/cgroup/caisson-e2e-{}", std::process::id());
-        fs::create_dir(&path).expect("a cgroup");
-        Self(path.into())
-    }
-
-    /// `linux.cgroupsPath` of a child.
-    fn child(&self, name: &str) -> String {
-        let path = self.0.join(name);
-        path.to_string_lossy().replace("/sys/fs/cgroup", "")
-    }
-}
-
-impl Drop for Parent {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
 #[test]
 fn a_container_lives_in_the_cgroup_that_config_json_names_within_its_limits() {
     let case = Case::begin();
@@ -134,29 +112,27 @@ fn a_container_lives_in_the_cgroup_that_config_json_names_within_its_limits() {
             json!({"quota": 150_000, "period": 100_000, "shares": 512, "cpus": "0", "mems": "0"});
     });
     case.start(&bundle, "one");
-    let read = |file: &str| fs::read_to_string(parent.0.join("one").join(file)).expect("cgroup");
-    let procs = read("cgroup.procs");
+    let one = parent.child("one");
+    let procs = cgroup::read(&one, "cgroup.procs");
     let pid = case.pid("one").as_raw_pid().to_string();
     assert!(
         procs.lines().any(|line| line == pid),
         "{pid} is not in {procs:?}"
     );
-    let memory: u64 = read("memory.max")
-        .trim()
-        .parse()
-        .expect("memory.max is not a number");
+    let memory = cgroup::memory_limit(&one);
     assert!((limit..=limit + (256 << 20)).contains(&memory), "{memory}");
-    let cpu = read("cpu.max");
-    let quota: u64 = cpu
-        .split(' ')
-        .next()
-        .and_then(|word| word.parse().ok())
-        .expect("a quota");
-    assert!((150_000..=200_000).contains(&quota), "{cpu}");
-    assert_eq!(read("cpuset.cpus").trim(), "0");
-    assert_ne!(read("cpu.weight").trim(), "100");
+    let (quota, period) = cgroup::bandwidth(&one);
+    assert!((150_000..=200_000).contains(&quota), "{quota}");
+    assert_eq!(period, 100_000);
+    assert_eq!(cgroup::read(&one, "cpuset.cpus"), "0");
+    assert_eq!(cgroup::read(&one, "cpuset.mems"), "0");
+    if cgroup::is_v1() {
+        assert_eq!(cgroup::read(&one, "cpu.shares"), "512");
+    } else {
+        assert_ne!(cgroup::read(&one, "cpu.weight"), "100");
+    }
     case.delete("one");
-    assert!(!parent.0.join("one").exists());
+    assert!(!cgroup::dirs(&one).iter().any(|dir| dir.exists()));
 }
 
 #[test]
@@ -170,8 +146,16 @@ fn every_process_of_the_sandbox_is_in_its_cgroup() {
         .args(["sleep", "1000"])
         .edit(|spec| spec["linux"]["cgroupsPath"] = json!(parent.child("one")));
     case.start(&bundle, "one");
-    let procs = fs::read_to_string(parent.0.join("one/cgroup.procs")).expect("cgroup");
-    assert_eq!(procs.lines().count(), 2, "monitor and VMM: {procs:?}");
+    for dir in cgroup::dirs(&parent.child("one")) {
+        let procs = fs::read_to_string(dir.join("cgroup.procs")).expect("cgroup");
+        // KVM's own thread for the machine, which cgroup v1 lists, has no command line.
+        let is_program = |pid: &&str| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+        };
+        let programs = procs.lines().filter(is_program).count();
+        let dir = dir.display();
+        assert_eq!(programs, 2, "monitor and VMM in {dir}: {procs:?}");
+    }
     case.delete("one");
 }
 
@@ -189,6 +173,9 @@ fn run_without_rights(case: &Case, bundle: &Bundle, rootless: &str) -> Outcome {
 
 #[test]
 fn who_may_not_make_cgroups_goes_without_if_nothing_asks_for_one() {
+    if cgroup::is_v1() {
+        return println!("skipped: the one mount of cgroup v2 is made read-only here");
+    }
     let case = Case::begin();
     let plain = case.bundle().script("echo ran");
     let outcome = run_without_rights(&case, &plain, "true");
@@ -247,12 +234,19 @@ fn a_cgroup_with_somebody_elses_processes_is_left_alone() {
         return;
     };
     let parent = Parent::make();
-    let taken = parent.0.join("taken");
-    fs::create_dir(&taken).expect("a cgroup");
-    let script = format!(
-        "echo 0 > {}/cgroup.procs; echo inside; exec cat",
-        taken.display()
-    );
+    let taken = cgroup::dirs(&parent.child("taken"));
+    // Nobody can go into a cpuset without processors.
+    let taken = taken
+        .iter()
+        .filter(|dir| !dir.starts_with("/sys/fs/cgroup/cpuset"));
+    let taken: Vec<_> = taken.collect();
+    for dir in &taken {
+        fs::create_dir(dir).expect("a cgroup");
+    }
+    let doors = taken
+        .iter()
+        .map(|dir| format!("echo 0 > {}/cgroup.procs; ", dir.display()));
+    let script = format!("{}echo inside; exec cat", doors.collect::<String>());
     let other = case.program("sh").args(["-c", &script]);
     let mut other = other.stdin(Stdio::piped()).stdout(Stdio::piped()).start();
     assert_eq!(other.line(), "inside");
@@ -261,10 +255,12 @@ fn a_cgroup_with_somebody_elses_processes_is_left_alone() {
         .args(["true"])
         .edit(|spec| spec["linux"]["cgroupsPath"] = json!(parent.child("taken")));
     case.run(&bundle).is_refusal("not empty");
-    assert!(taken.exists());
+    assert!(taken.iter().all(|dir| dir.exists()));
     drop(other.take_stdin());
     other.finish();
-    fs::remove_dir(&taken).expect("an empty cgroup");
+    for dir in taken {
+        fs::remove_dir(dir).expect("an empty cgroup");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Stdio;
 
-use caisson_tests::{Case, Outcome};
+use caisson_tests::{Case, Outcome, cgroup as host};
 use serde_json::{Value, json};
 
 /// The `data` of `events --stats`.
@@ -281,11 +281,7 @@ fn the_hosts_cgroup_follows() {
         spec["linux"]["cgroupsPath"] = "/caisson-test-one".into();
     });
     case.start(&bundle, "one");
-    let host = |file: &str| {
-        let text =
-            fs::read_to_string(format!("/sys/fs/cgroup/caisson-test-one/{file}")).expect(file);
-        text.trim_end().to_owned()
-    };
+    let path = "/caisson-test-one";
     updated(
         &case,
         &[
@@ -299,14 +295,13 @@ fn the_hosts_cgroup_follows() {
             "0",
         ],
     );
-    assert_eq!(host("cpu.max"), "60000 100000");
-    assert_eq!(host("cpuset.cpus"), "0");
-    let memory: u64 = host("memory.max").parse().expect("a limit");
-    assert!(memory > 64 << 20, "the machine must fit");
+    assert_eq!(host::bandwidth(path), (60_000, 100_000));
+    assert_eq!(host::read(path, "cpuset.cpus"), "0");
+    assert!(host::memory_limit(path) > 64 << 20, "the machine must fit");
     // The guest refuses the last of these, and everything is as before.
     update(&case, &["--cpu-quota", "30000", "--memory-swap", "1g"])
         .is_refusal("without memory limit");
-    assert_eq!(host("cpu.max"), "60000 100000");
+    assert_eq!(host::bandwidth(path), (60_000, 100_000));
     update(&case, &["--cpuset-cpus", "77"]).is_refusal("cpuset.cpus");
     case.delete("one");
 }

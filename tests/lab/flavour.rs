@@ -7,6 +7,8 @@
 pub(crate) enum Flavour {
     /// Runtimes and the tools that tests use.
     Base,
+    /// The same with an older kernel, which has all of cgroup v1.
+    Legacy,
     /// And container engines: podman, Docker, buildah.
     Engines,
     /// And systemd as the first process, with a system bus.
@@ -18,15 +20,24 @@ impl Flavour {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Base => "base",
+            Self::Legacy => "legacy",
             Self::Engines => "engines",
             Self::Systemd => "systemd",
+        }
+    }
+
+    /// The meta package that depends on the newest kernel of its kind, for clouds.
+    pub(crate) const fn kernel(self) -> &'static str {
+        match self {
+            Self::Legacy => "linux-image-cloud-amd64",
+            Self::Base | Self::Engines | Self::Systemd => "linux-image-6.12-cloud-amd64",
         }
     }
 
     /// What it consists of, besides what these depend on.
     pub(crate) fn packages(self) -> impl Iterator<Item = &'static &'static str> {
         let more: [&[&str]; 2] = match self {
-            Self::Base => [&[], &[]],
+            Self::Base | Self::Legacy => [&[], &[]],
             Self::Engines => [ENGINES, &[]],
             Self::Systemd => [ENGINES, SYSTEMD],
         };
@@ -36,7 +47,7 @@ impl Flavour {
     /// Links that maintainer scripts would have made, in `/usr`: name, target.
     pub(crate) const fn links(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Base => &[],
+            Self::Base | Self::Legacy => &[],
             Self::Engines | Self::Systemd => ENGINE_LINKS,
         }
     }
@@ -44,7 +55,7 @@ impl Flavour {
     /// Parts of packages that no test reads.
     pub(crate) fn excluded(self) -> impl Iterator<Item = &'static &'static str> {
         let more: &[&str] = match self {
-            Self::Base | Self::Engines => SYSTEMD_PARTS,
+            Self::Base | Self::Legacy | Self::Engines => SYSTEMD_PARTS,
             Self::Systemd => &[],
         };
         EXCLUDED.iter().chain(more)
@@ -53,7 +64,7 @@ impl Flavour {
     /// Files that maintainer scripts would have made, or that are the lab's own: path, mode, content.
     pub(crate) fn files(self) -> impl Iterator<Item = &'static (&'static str, u32, &'static str)> {
         let more: &[(&str, u32, &str)] = match self {
-            Self::Base | Self::Engines => &[],
+            Self::Base | Self::Legacy | Self::Engines => &[],
             Self::Systemd => SYSTEMD_FILES,
         };
         FILES.iter().chain(more)

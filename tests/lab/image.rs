@@ -17,11 +17,9 @@ use crate::flavour::Flavour;
 /// What the image is made by; another recipe makes another image.
 const RECIPE: &str = concat!(include_str!("image.rs"), include_str!("flavour.rs"));
 
-/// The meta package that depends on the newest kernel for clouds.
-const KERNEL: &str = "linux-image-6.12-cloud-amd64";
-
 /// Modules that are loaded at boot; all others of the kernel are there to be loaded on demand.
 const MODULES: &[&str] = &[
+    "virtio_pci",
     "irqbypass",
     "kvm",
     "kvm-amd",
@@ -137,19 +135,19 @@ fn packages(cache: &Path, flavour: Flavour) -> io::Result<String> {
 
 fn resolve(cache: &Path, flavour: Flavour) -> io::Result<String> {
     let closure = output(apt_install(cache, "nothing", flavour)?.arg("--print-uris"))?;
-    let kernel = kernel_package()?;
+    let kernel = kernel_package(flavour.kernel())?;
     let kernel =
         output(Command::new("apt-get").args(["download", "-qq", "--print-uris", &kernel]))?;
     Ok(format!("{kernel}{closure}"))
 }
 
 /// The newest kernel's package that apt can download: Debian's signed one, else the unsigned one.
-fn kernel_package() -> io::Result<String> {
-    let depends = output(Command::new("apt-cache").args(["depends", KERNEL]))?;
+fn kernel_package(meta: &str) -> io::Result<String> {
+    let depends = output(Command::new("apt-cache").args(["depends", meta]))?;
     let name = depends
         .lines()
         .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .ok_or_else(|| io::Error::other(format!("apt knows no {KERNEL}")))?;
+        .ok_or_else(|| io::Error::other(format!("apt knows no {meta}")))?;
     let unsigned = format!("{name}-unsigned");
     let offered = output(Command::new("apt-cache").args(["madison", name]))?;
     Ok(if offered.is_empty() {
@@ -193,7 +191,7 @@ fn build(work: &Path, archives: &Path, packages: &str, flavour: Flavour) -> io::
     run(apt_install(cache, "packages", flavour)?.arg("--download-only"))?;
     if !archives.join(kernel).exists() {
         run(Command::new("apt-get")
-            .args(["download", "-qq", &kernel_package()?])
+            .args(["download", "-qq", &kernel_package(flavour.kernel())?])
             .current_dir(archives))?;
     }
 

@@ -48,12 +48,6 @@ const MOUNTS: &[(&str, &str, &str, &str)] = &[
     ("mqueue", "/dev/mqueue", "mqueue", ""),
     ("tmpfs", "/run", "tmpfs", "mode=755"),
     ("tmpfs", "/tmp", "tmpfs", "mode=1777"),
-    (
-        "cgroup2",
-        "/sys/fs/cgroup",
-        "cgroup2",
-        "nsdelegate,memory_recursiveprot",
-    ),
     ("bpf", "/sys/fs/bpf", "bpf", "mode=700"),
     ("debugfs", "/sys/kernel/debug", "debugfs", ""),
     ("tracefs", "/sys/kernel/tracing", "tracefs", ""),
@@ -104,11 +98,11 @@ fn init() -> io::Result<()> {
     for (target, link) in DEV_LINKS {
         symlink(target, link)?;
     }
+    mount_cgroups(options()?.get("cgroup").map_or("v2", String::as_str))?;
     rustix::mount::mount_change(
         "/",
         MountPropagationFlags::SHARED | MountPropagationFlags::REC,
     )?;
-    delegate_cgroups()?;
     rustix::system::sethostname(b"lab")?;
     for module in fs::read_to_string("/usr/lib/modules/lab.load")?.lines() {
         load_module(module).unwrap_or_else(|e| eprintln!("labd: load {module}: {e}"));
@@ -174,6 +168,44 @@ fn mount(source: &str, target: &str, kind: &str, data: &str) -> io::Result<()> {
         MountFlags::empty(),
         data.as_c_str(),
     )?)
+}
+
+/// The hierarchies of cgroup v1 as systemd mounts them, of which the kernel has those that it knows.
+const HIERARCHIES: &[&str] = &[
+    "cpuset",
+    "cpu,cpuacct",
+    "memory",
+    "devices",
+    "pids",
+    "blkio",
+    "freezer",
+    "hugetlb",
+    "net_cls,net_prio",
+    "perf_event",
+];
+
+fn mount_cgroups(version: &str) -> io::Result<()> {
+    if version == "v2" {
+        let options = "nsdelegate,memory_recursiveprot";
+        mount("cgroup2", "/sys/fs/cgroup", "cgroup2", options)?;
+        return delegate_cgroups();
+    }
+    mount("tmpfs", "/sys/fs/cgroup", "tmpfs", "mode=755")?;
+    for controllers in HIERARCHIES {
+        let target = format!("/sys/fs/cgroup/{controllers}");
+        mount("cgroup", &target, "cgroup", controllers)
+            .unwrap_or_else(|e| eprintln!("labd: mount {target}: {e}"));
+        for alone in controllers.split(',').filter(|one| one != controllers) {
+            symlink(controllers, format!("/sys/fs/cgroup/{alone}"))?;
+        }
+    }
+    let systemd = "/sys/fs/cgroup/systemd";
+    mount("cgroup", systemd, "cgroup", "none,name=systemd")?;
+    if version == "hybrid" {
+        mount("cgroup2", "/sys/fs/cgroup/unified", "cgroup2", "nsdelegate")?;
+    }
+    // As below.
+    fs::create_dir("/sys/fs/cgroup/cpuset/lab")
 }
 
 /// Makes every controller available to the cgroups that the tests make.

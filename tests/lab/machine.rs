@@ -24,6 +24,28 @@ const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 /// Commands that can run at once.
 const PORTS: usize = 12;
 
+/// The hierarchies that a host's init system mounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Cgroups {
+    /// The one of cgroup v2.
+    V2,
+    /// Those of cgroup v1.
+    V1,
+    /// Those of cgroup v1, and one of cgroup v2 without controllers.
+    Hybrid,
+}
+
+impl Cgroups {
+    /// On the command line, and in `labd`.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::V2 => "v2",
+            Self::V1 => "v1",
+            Self::Hybrid => "hybrid",
+        }
+    }
+}
+
 /// The shape of a lab.
 #[derive(Args)]
 pub(crate) struct Shape {
@@ -42,6 +64,9 @@ pub(crate) struct Shape {
     /// What is in the disk image.
     #[arg(long, env = "LAB_IMAGE", value_enum, default_value = "base")]
     pub(crate) image: Flavour,
+    /// How the lab's cgroups are mounted.
+    #[arg(long, env = "LAB_CGROUP", value_enum, default_value = "v2")]
+    cgroup: Cgroups,
     /// Words for the end of the kernel's command line.
     #[arg(long, env = "LAB_APPEND", default_value = "")]
     append: String,
@@ -55,6 +80,7 @@ impl Shape {
             format!("--mem={}", self.mem),
             format!("--cpu={}", self.cpu),
             format!("--image={}", self.image.name()),
+            format!("--cgroup={}", self.cgroup.name()),
             format!("--append={}", self.append),
         ];
         arguments.extend(self.icount.then(|| "--icount".to_owned()));
@@ -165,7 +191,11 @@ impl Machine {
             ));
             words += &format!(" lab.{tag}={}", dir.display());
         }
-        words = format!("{words} {}", shape.append);
+        words = format!(
+            "{words} lab.cgroup={} {}",
+            shape.cgroup.name(),
+            shape.append
+        );
         qemu.arg("-kernel")
             .arg(kernel)
             .arg("-initrd")

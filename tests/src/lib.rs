@@ -10,6 +10,7 @@
 pub mod bundle;
 pub mod call;
 pub mod case;
+pub mod cgroup;
 pub mod host;
 pub mod kernel;
 pub mod mount;

@@ -18,13 +18,15 @@ pub const HOST_OVERHEAD: MiB = MiB(64);
 /// The kernel's period where a specification names none, in microseconds.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
-/// A value for a file of a cgroup.
+/// A value for a file of a cgroup, under cgroup v2.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limit {
     /// The file's name.
     pub file: &'static str,
     /// What is written to it.
     pub value: String,
+    /// The same for a host with cgroup v1: its files and their values, in order.
+    pub first_version: Vec<(&'static str, String)>,
 }
 
 /// All limits, in the order in which they are to be written.
@@ -32,10 +34,7 @@ pub(super) fn of(spec: &Spec, size: VmSize) -> Vec<Limit> {
     let mut limits = Vec::new();
     if sizing::memory_limit(spec).is_some() {
         let bytes = size.memory.bytes() + HOST_OVERHEAD.bytes();
-        limits.push(Limit {
-            file: "memory.max",
-            value: bytes.to_string(),
-        });
+        limits.push(of_memory(Some(bytes)));
     }
     let resources = spec
         .linux()
@@ -82,15 +81,7 @@ pub(super) fn of_change(change: &LinuxResources, all: &LinuxResources, size: VmS
     let memory = change.memory().as_ref().and_then(|memory| memory.limit());
     if let Some(limit) = memory.filter(|&limit| limit != 0) {
         let bytes = size.memory.bytes() + HOST_OVERHEAD.bytes();
-        let value = if limit < 0 {
-            "max".to_owned()
-        } else {
-            bytes.to_string()
-        };
-        limits.push(Limit {
-            file: "memory.max",
-            value,
-        });
+        limits.push(of_memory((limit > 0).then_some(bytes)));
     }
     if let Some(cpu) = change.cpu() {
         let mut touched = cpu.clone();
@@ -100,10 +91,11 @@ pub(super) fn of_change(change: &LinuxResources, all: &LinuxResources, size: VmS
         limits.extend(of_cpu(&touched));
         if has_quota || has_period {
             let value = all.cpu().as_ref().and_then(bandwidth);
-            limits.push(Limit {
+            limits.push(value.unwrap_or_else(|| Limit {
                 file: "cpu.max",
-                value: value.unwrap_or_else(|| "max".to_owned()),
-            });
+                value: "max".to_owned(),
+                first_version: vec![("cpu.cfs_quota_us", "-1".to_owned())],
+            }));
         }
     }
     if let Some(io) = change.block_io() {
@@ -114,24 +106,38 @@ pub(super) fn of_change(change: &LinuxResources, all: &LinuxResources, size: VmS
 
 fn of_cpu(cpu: &LinuxCpu) -> Vec<Limit> {
     let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let set = |file, numbers: &Option<String>| {
+        given(numbers).map(|value| Limit {
+            file,
+            first_version: vec![(file, value.clone())],
+            value,
+        })
+    };
     let shares = cpu.shares().filter(|&shares| shares > 0);
+    let shares = shares.map(|shares| Limit {
+        file: "cpu.weight",
+        value: weight(shares).to_string(),
+        first_version: vec![("cpu.shares", shares.to_string())],
+    });
     [
-        ("cpuset.cpus", given(cpu.cpus())),
-        ("cpuset.mems", given(cpu.mems())),
-        (
-            "cpu.weight",
-            shares.map(|shares| weight(shares).to_string()),
-        ),
-        ("cpu.max", bandwidth(cpu)),
+        set("cpuset.cpus", cpu.cpus()),
+        set("cpuset.mems", cpu.mems()),
+        shares,
+        bandwidth(cpu),
     ]
     .into_iter()
-    .filter_map(|(file, value)| {
-        Some(Limit {
-            file,
-            value: value?,
-        })
-    })
+    .flatten()
     .collect()
+}
+
+/// Memory in bytes; `None`: as much as there is.
+fn of_memory(bytes: Option<u64>) -> Limit {
+    let text = |none: &str| bytes.map_or_else(|| none.to_owned(), |bytes| bytes.to_string());
+    Limit {
+        file: "memory.max",
+        value: text("max"),
+        first_version: vec![("memory.limit_in_bytes", text("-1"))],
+    }
 }
 
 /// cgroup v1's shares (2 to 262,144) as cgroup v2's weight (1 to 10,000): runc's formula.
@@ -139,7 +145,7 @@ fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
 }
 
-fn bandwidth(cpu: &LinuxCpu) -> Option<String> {
+fn bandwidth(cpu: &LinuxCpu) -> Option<Limit> {
     let quota = cpu
         .quota()
         .and_then(|quota| u64::try_from(quota).ok())
@@ -148,7 +154,15 @@ fn bandwidth(cpu: &LinuxCpu) -> Option<String> {
         .period()
         .filter(|&period| period > 0)
         .unwrap_or(DEFAULT_PERIOD_US);
-    Some(format!("{} {period}", quota.saturating_add(period / 10)))
+    let quota = quota.saturating_add(period / 10);
+    Some(Limit {
+        file: "cpu.max",
+        value: format!("{quota} {period}"),
+        first_version: vec![
+            ("cpu.cfs_period_us", period.to_string()),
+            ("cpu.cfs_quota_us", quota.to_string()),
+        ],
+    })
 }
 
 fn of_io(io: &LinuxBlockIo) -> Vec<Limit> {
@@ -158,19 +172,40 @@ fn of_io(io: &LinuxBlockIo) -> Vec<Limit> {
         .map(|weight| Limit {
             file: "io.weight",
             value: io_weight(weight.into()).to_string(),
+            first_version: vec![("blkio.weight", weight.to_string())],
         });
     let lists = [
-        ("rbps", io.throttle_read_bps_device()),
-        ("wbps", io.throttle_write_bps_device()),
-        ("riops", io.throttle_read_iops_device()),
-        ("wiops", io.throttle_write_iops_device()),
+        (
+            "rbps",
+            "blkio.throttle.read_bps_device",
+            io.throttle_read_bps_device(),
+        ),
+        (
+            "wbps",
+            "blkio.throttle.write_bps_device",
+            io.throttle_write_bps_device(),
+        ),
+        (
+            "riops",
+            "blkio.throttle.read_iops_device",
+            io.throttle_read_iops_device(),
+        ),
+        (
+            "wiops",
+            "blkio.throttle.write_iops_device",
+            io.throttle_write_iops_device(),
+        ),
     ];
     let all = lists
         .into_iter()
-        .flat_map(|(key, list)| list.iter().flatten().map(move |device| (key, device)));
-    let throttles = all.map(|(key, device)| Limit {
+        .flat_map(|(key, old, list)| list.iter().flatten().map(move |device| (key, old, device)));
+    let throttles = all.map(|(key, old, device)| Limit {
         file: "io.max",
         value: throttle(key, device),
+        first_version: vec![(
+            old,
+            format!("{}:{} {}", device.major(), device.minor(), device.rate()),
+        )],
     });
     weight.into_iter().chain(throttles).collect()
 }
@@ -268,6 +303,37 @@ mod tests {
         ] {
             assert_eq!(weight(shares), wanted, "{shares}");
         }
+    }
+
+    #[test]
+    fn every_limit_has_its_files_in_the_first_version() {
+        let text = r#"{"memory":{"limit":134217728},
+            "cpu":{"cpus":"0-1","quota":50000,"period":50000,"shares":1024},
+            "blockIO":{"weight":500,"throttleWriteIOPSDevice":[{"major":8,"minor":0,"rate":9}]}}"#;
+        let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{text}}}}}"#);
+        let size = VmSize {
+            vcpus: 1,
+            memory: MiB(192),
+        };
+        let all = of(&serde_json::from_str(&spec).unwrap(), size);
+        let files: Vec<_> = all
+            .iter()
+            .flat_map(|limit| &limit.first_version)
+            .map(|(file, value)| format!("{file}={value}"))
+            .collect();
+        let memory = format!("memory.limit_in_bytes={}", (192 + 64) << 20);
+        assert_eq!(
+            files,
+            [
+                &memory,
+                "cpuset.cpus=0-1",
+                "cpu.shares=1024",
+                "cpu.cfs_period_us=50000",
+                "cpu.cfs_quota_us=55000",
+                "blkio.weight=500",
+                "blkio.throttle.write_iops_device=8:0 9",
+            ]
+        );
     }
 
     #[test]

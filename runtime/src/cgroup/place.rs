@@ -20,7 +20,7 @@ pub(super) fn of(asked: Option<&Path>, id: &ContainerId) -> Result<PathBuf, Cgro
 }
 
 /// A path below the root of the hierarchy: no `..`, not the root itself, nothing in systemd's notation.
-fn below(path: &Path) -> Result<PathBuf, CgroupError> {
+pub(super) fn below(path: &Path) -> Result<PathBuf, CgroupError> {
     let refused = || CgroupError::Path {
         path: path.to_owned(),
     };

@@ -44,7 +44,7 @@ pub(super) fn of_limits(limits: &[Limit]) -> Vec<Property> {
     limits.iter().flat_map(of_limit).collect()
 }
 
-fn of_limit(Limit { file, value }: &Limit) -> Vec<Property> {
+fn of_limit(Limit { file, value, .. }: &Limit) -> Vec<Property> {
     let number = |name: &str| {
         let value = value.strip_prefix("default ").unwrap_or(value);
         bounded(value).map_or_else(Vec::new, |value| vec![property(name, value)])
@@ -196,6 +196,7 @@ mod tests {
         of_limits(&[Limit {
             file,
             value: value.to_owned(),
+            first_version: Vec::new(),
         }])
     }
 

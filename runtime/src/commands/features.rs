@@ -53,7 +53,7 @@ fn document() -> Value {
         "linux": {
             "namespaces": words("cgroup ipc mount network pid time user uts"),
             "capabilities": capabilities,
-            "cgroup": {"v1": false, "v2": true, "systemd": true, "systemdUser": false, "rdma": false},
+            "cgroup": {"v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
                 "actions": words(

@@ -5,7 +5,7 @@ use std::{
     future::Future,
     io,
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     thread::{self, JoinHandle},
     time::SystemTime,
 };
@@ -23,7 +23,7 @@ use super::{
 use crate::{
     boot::{Boot, StartError},
     bundle::{Bundle, BundleError, Caller},
-    cgroup::{CgroupError, HostCgroup},
+    cgroup::{self, CgroupError, HostCgroup},
     config::{AnnotationError, Config, ConfigError},
     control::{ControlError, Listener},
     forwarded::Signals,
@@ -513,14 +513,13 @@ struct Joining(Option<JoinHandle<Result<(), CgroupError>>>, Inside);
 
 /// This process in the sandbox's cgroup; dropping it goes back, so that the cgroup can be removed.
 struct Inside {
-    before: Option<PathBuf>,
+    /// The files that lead there.
+    before: Vec<PathBuf>,
 }
 
 impl Joining {
     fn begin(cgroup: &HostCgroup) -> Result<Self, CreateError> {
-        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
-        let before = own.map(|path| Path::new("/sys/fs/cgroup").join(path).join("cgroup.procs"));
+        let before = cgroup::way_back();
         let cgroup = HostCgroup::at(cgroup.path().to_owned(), None);
         let thread = thread::Builder::new()
             .name("cgroup".to_owned())
@@ -537,7 +536,7 @@ impl Joining {
     /// Waits for the end of the move, if it is not long over.
     fn finish(mut self) -> Result<Inside, CreateError> {
         self.wait()?;
-        let before = self.1.before.take();
+        let before = std::mem::take(&mut self.1.before);
         Ok(Inside { before })
     }
 
@@ -559,13 +558,13 @@ impl Drop for Joining {
 
 impl Inside {
     fn stay(mut self) {
-        self.before = None;
+        self.before.clear();
     }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        if let Some(procs) = &self.before {
+        for procs in &self.before {
             // Then the cgroup stays for `delete --force`.
             let _ = fs::write(procs, "0");
         }

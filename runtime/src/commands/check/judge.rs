@@ -163,7 +163,12 @@ fn cgroup(host: &Host) -> Finding {
                 "limits of that kind are refused; look for cgroup_disable= on the kernel's command line",
             )
         }
-        Cgroup::V1 => Finding::new(Grade::Missing, "cgroups", "version 1", advice),
+        Cgroup::V1 => Finding::new(
+            Grade::Note,
+            "cgroups",
+            "version 1",
+            "all but --systemd-cgroup works; with systemd.unified_cgroup_hierarchy=1 that does, too",
+        ),
         Cgroup::None => Finding::new(Grade::Missing, "cgroups", "none on /sys/fs/cgroup", advice),
     }
 }
@@ -419,10 +424,6 @@ mod tests {
             },
             Host {
                 kernel: "strange".into(),
-                ..good()
-            },
-            Host {
-                cgroup: Cgroup::V1,
                 ..good()
             },
             Host {
