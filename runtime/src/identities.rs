@@ -170,6 +170,21 @@ impl Identities {
     }
 }
 
+/// Moves this process, which has one thread, into a user namespace that holds the caller and nobody else, so that it may
+/// have other namespaces of its own. Root needs none.
+pub fn enter_alone() -> Result<(), IdentityError> {
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    if uid.is_root() {
+        return Ok(());
+    }
+    let alone = |first| vec![Range { first, count: 1 }];
+    let identities = Identities {
+        users: alone(uid.as_raw()),
+        groups: alone(gid.as_raw()),
+    };
+    identities.enter().map(drop)
+}
+
 /// Lets the programs that this process executes from now on, the VMM, have [`RIGHTS`].
 pub fn keep_rights() -> Result<(), IdentityError> {
     let failed = |errno: rustix::io::Errno| IdentityError::Rights(errno.into());

@@ -301,6 +301,11 @@ impl Process {
 /// The device that every virtual machine needs.
 const KVM: &str = "/dev/kvm";
 
+/// Whether this process may use KVM, asked before it goes where groups have no names.
+pub fn may_use_kvm() -> Result<(), VmmError> {
+    open_kvm().map(drop)
+}
+
 fn open_kvm() -> Result<OwnedFd, VmmError> {
     match open("the KVM device", Path::new(KVM), OFlags::RDWR) {
         Err(VmmError::Open { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {

@@ -18,6 +18,8 @@ use crate::kills::truth_then_nothing;
 
 const USER: u32 = 1000;
 const OTHERS: u32 = 200_000;
+/// For containers that wait for the network a few times.
+const SLOWLY: Duration = Duration::from_secs(180);
 
 /// The user, with a state directory.
 struct User<'a>(&'a Case);
@@ -183,7 +185,11 @@ fn what_is_missing_is_said() {
         return;
     };
     let user = User::of(&case);
-    let bundle = user.bundle();
+    // Loopback only, and no word about a network.
+    let bundle = user.bundle().edit(|spec| {
+        let all = spec["linux"]["namespaces"].as_array_mut();
+        all.expect("namespaces").push(json!({"type": "network"}));
+    });
     let stranger = user.call_in("1000", ["run", "-b"]).args([bundle.dir()]);
     let stranger = stranger.args(["one"]).finish();
     stranger.is_refusal("it belongs to group kvm, and this user does not");
@@ -241,7 +247,7 @@ impl<'a> World<'a> {
              nsenter --net={file} sh -ec 'ip addr add 10.78.0.1/24 dev world0; ip addr add fd78::1/64 dev world0 nodad
                ip link set world0 up; ip link set lo up'
              ip route add default via 10.78.0.1; ip -6 route add default via fd78::1
-             nsenter --net={file} setsid socat TCP6-LISTEN:7000,fork,reuseaddr SYSTEM:'echo the world' >/dev/null 2>&1 &
+             nsenter --net={file} setsid socat -U TCP6-LISTEN:7000,fork,reuseaddr SYSTEM:'echo the world' >/dev/null 2>&1 &
              echo $!",
             file = file.display()
         );
@@ -274,10 +280,10 @@ fn the_container_reaches_what_the_user_reaches() {
     let _world = World::new(&case);
     let bundle = user.bundle().script(
         "for address in 10.78.0.1 fd78::1; do \
-           i=0; until nc $address 7000 < /dev/null; do i=$((i + 1)); [ $i -lt 20 ] || exit 1; sleep 0.2; done; \
+           i=0; until nc -w 5 $address 7000 < /dev/null; do i=$((i + 1)); [ $i -lt 20 ] || exit 1; sleep 0.2; done; \
          done; ip -4 -o addr show | tr -s ' ' | cut -d ' ' -f 2,4; ip route | head -n 1 | cut -d ' ' -f 1-3",
     );
-    let outcome = user.run(&bundle).succeed();
+    let outcome = user.run(&bundle).limit(SLOWLY).succeed();
     let text = outcome.text();
     assert!(text.starts_with("the world\nthe world\n"), "{text}");
     assert!(text.contains("lan0 10.78.0.2/24\n"), "{text}");

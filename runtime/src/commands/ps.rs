@@ -18,6 +18,7 @@ use crate::{
     cli::Ps,
     control::{Answer, Control, ControlError, Request, read_attached},
     error::CommandError,
+    identities::{self, IdentityError},
     process_table::Table,
     share::{self, ShareError},
     state::{ContainerId, StateDir, Status},
@@ -35,6 +36,9 @@ pub enum PsError {
     /// The namespace for `ps`.
     #[error(transparent)]
     Namespace(#[from] ShareError),
+    /// The user namespace that an ordinary user needs for that.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The description for `ps`.
     #[error("lay the processes out for ps")]
     LayOut(#[source] io::Error),
@@ -101,6 +105,7 @@ fn table(control: Control) -> Result<Table, ControlError> {
 fn shown(table: &Table, options: &[String]) -> Result<String, PsError> {
     let own = |name: &str| fs::read_to_string(Path::new("/proc/self").join(name));
     let (stat, status) = (own("stat"), own("status"));
+    identities::enter_alone()?;
     share::enter_private_namespace()?;
     share::begin_pid_namespace()?;
     let proc = Path::new("/proc");

@@ -44,6 +44,7 @@ use crate::{
     terminal::{self, Size, TerminalError},
     update::Limits,
     view::{self, View, ViewError},
+    vmm::{self, VmmError},
 };
 
 /// Why a container was not created.
@@ -63,6 +64,8 @@ pub(super) enum CreateError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error("start the virtual machine")]
+    Kvm(#[from] VmmError),
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]
@@ -136,6 +139,9 @@ pub(super) async fn create(
         bundle.check_joining()?;
     }
     let identities = Identities::of_caller(&bundle.spec)?;
+    if identities.is_some() {
+        vmm::may_use_kvm()?;
+    }
     let caller = Caller {
         detach: order.detach,
         console_socket: order.console_socket.is_some(),
