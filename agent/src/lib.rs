@@ -14,6 +14,7 @@ pub mod guest;
 mod inspect;
 pub mod kmsg;
 mod listening;
+mod machine;
 mod network;
 mod notify;
 pub mod plan;

@@ -7,6 +7,7 @@
 use crate::container::{Container, ContainerError, Workshop};
 use crate::error_line;
 use crate::guest;
+use crate::machine;
 use crate::process::ProcessError;
 use crate::reaper::Reaper;
 use crate::socket::{Dial, Socket};
@@ -14,8 +15,8 @@ use async_trait::async_trait;
 use caisson_agent_api::{
     Agent, CONTROL_PORT, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
     DescribeProcessesRequest, DescribeProcessesResponse, Empty, ExecProcessRequest,
-    ExecProcessResponse, ListProcessesResponse, ProcessRequest, ReadCgroupRequest,
-    ReadCgroupResponse, ResizeTerminalRequest, SignalProcessRequest, TextFile,
+    ExecProcessResponse, FitMachineRequest, ListProcessesResponse, ProcessRequest,
+    ReadCgroupRequest, ReadCgroupResponse, ResizeTerminalRequest, SignalProcessRequest, TextFile,
     UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest, WaitOomResponse,
     WaitProcessResponse, create_agent,
 };
@@ -352,6 +353,24 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         let container = self.container(&request.container_id).map_err(status)?;
         empty(container.update_network(&request.network))
+    }
+
+    async fn fit_machine(
+        &self,
+        _: &TtrpcContext,
+        request: FitMachineRequest,
+    ) -> ttrpc::Result<Empty> {
+        let followed = || {
+            machine::run_on(request.cpus.max(1))?;
+            match request.memory_device {
+                0 => Ok(()),
+                device => machine::use_memory(device),
+            }
+        };
+        let failed = |error: machine::MachineError| {
+            ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INTERNAL, error_line(&error)))
+        };
+        followed().map(|()| Empty::default()).map_err(failed)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -9,9 +9,9 @@ use std::{collections::HashMap, future::Future, time::Duration};
 
 use caisson_agent_api::{
     AgentClient, ContainerRequest, CreateContainerRequest, DescribeProcessesRequest,
-    DescribeProcessesResponse, ExecProcessRequest, Listening, Network, ProcessRequest,
-    ReadCgroupRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    UpdateNetworkRequest, WaitOomRequest,
+    DescribeProcessesResponse, ExecProcessRequest, FitMachineRequest, Listening, Network,
+    ProcessRequest, ReadCgroupRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio,
+    UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -267,6 +267,20 @@ impl Agent {
         };
         answered("update the container", CALL, |c| {
             self.0.update_container(c, &request)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Has the guest use the memory of a device, if there is one, and run on so many CPUs.
+    pub async fn fit(&self, memory_device: Option<u32>, cpus: u8) -> Result<(), AgentError> {
+        let request = FitMachineRequest {
+            memory_device: memory_device.unwrap_or(0),
+            cpus: cpus.into(),
+            ..Default::default()
+        };
+        answered("follow its machine's size", CALL, |c| {
+            self.0.fit_machine(c, &request)
         })
         .await
         .map(drop)

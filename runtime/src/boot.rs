@@ -23,7 +23,7 @@ use crate::{
     network::Plug,
     sandbox::{BootError, Booting},
     share::{Share, ShareError},
-    sizing::VmSize,
+    sizing::Bounds,
     vmm::Machine,
 };
 
@@ -58,8 +58,8 @@ pub struct Boot<'a> {
     pub config: &'a Config,
     /// What the bundle asks of the virtual machine, if it may.
     pub vm: Option<&'a VmSection>,
-    /// Its size.
-    pub size: VmSize,
+    /// Its size, and what it may grow to.
+    pub bounds: Bounds,
     /// From which nodes of the host its memory comes.
     pub memory_policy: Option<MemoryPolicy>,
     /// What the guest will see of the host's files.
@@ -79,7 +79,7 @@ impl Boot<'_> {
             dir,
             config,
             vm,
-            size,
+            bounds,
             memory_policy,
             share,
             cgroup,
@@ -99,8 +99,7 @@ impl Boot<'_> {
                 .and_then(|kernel| kernel.initrd.as_ref())
                 .unwrap_or(&config.initramfs),
             cmdline: &cmdline,
-            vcpus: size.vcpus,
-            memory: size.memory,
+            bounds,
             huge_pages: config.huge_pages,
             memory_policy,
             boot_deadline: Duration::from_millis(config.boot_timeout_ms),

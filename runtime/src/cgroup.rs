@@ -340,6 +340,21 @@ impl HostCgroup {
         })
     }
 
+    /// Has a limit of memory, if there is one, let a machine of that size live.
+    pub fn make_room(&self, size: VmSize) -> Result<(), CgroupError> {
+        let limit = limits::of_memory(Some(limits::machine_memory(size)));
+        let old = self.current(&limit);
+        let number = old.as_ref().and_then(|old| {
+            let first = old.first_version.first().map(|(_, value)| value);
+            first.unwrap_or(&old.value).parse::<u64>().ok()
+        });
+        match number {
+            Some(old) if old < limits::machine_memory(size) => self.change(&[limit]).map(drop),
+            // Large enough, or none.
+            _ => Ok(()),
+        }
+    }
+
     /// Undoes a change, as far as that is possible: the error that led here is the one to report.
     pub fn change_back(&self, before: &[Limit]) {
         if let Some(unit) = &self.unit {

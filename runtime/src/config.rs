@@ -51,6 +51,10 @@ pub struct Config {
     pub default_memory_mib: MiB,
     /// Guest memory beyond the container's limit: guest kernel, agent and page tables.
     pub memory_overhead_mib: MiB,
+    /// vCPUs that a virtual machine may grow to.
+    pub max_vcpus: u8,
+    /// Memory that it may grow to; 0: the host's.
+    pub max_memory_mib: MiB,
     /// How many network interfaces a container may get after its start, beyond those that it has then.
     pub spare_interfaces: u8,
     /// The program that connects a container without a network namespace.
@@ -103,6 +107,8 @@ impl Default for Config {
             default_vcpus: 1,
             default_memory_mib: MiB(256),
             memory_overhead_mib: MiB(64),
+            max_vcpus: 1,
+            max_memory_mib: MiB(0),
             spare_interfaces: 4,
             passt: "/usr/bin/passt".into(),
             user_network: false,
@@ -219,6 +225,9 @@ impl Config {
         }
         if !(1..=32).contains(&self.default_vcpus) {
             return Err(("default_vcpus", "1 to 32"));
+        }
+        if !(1..=32).contains(&self.max_vcpus) {
+            return Err(("max_vcpus", "1 to 32"));
         }
         if self.spare_interfaces > 8 {
             return Err(("spare_interfaces", "0 to 8"));
@@ -349,7 +358,7 @@ mod tests {
             .map(|line| format!("{line}\n"))
             .collect();
         assert_eq!(parse(&uncommented).unwrap(), Config::default());
-        assert_eq!(uncommented.lines().count(), 27);
+        assert_eq!(uncommented.lines().count(), 29);
     }
 
     #[test]
@@ -385,6 +394,7 @@ mod tests {
         for (text, wanted) in [
             ("default_vcpus = 0", "default_vcpus must be 1 to 32"),
             ("default_vcpus = 33", "default_vcpus must be 1 to 32"),
+            ("max_vcpus = 0", "max_vcpus must be 1 to 32"),
             (
                 "default_memory_mib = 63",
                 "default_memory_mib must be at least 64",

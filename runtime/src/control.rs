@@ -24,7 +24,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use crate::{
     packet::{self, PacketError, Packets},
     sandbox::remote::{Question, Reply},
-    sizing::VmSize,
+    sizing::Bounds,
     stats::Stats,
     vmm::Ended,
     watched::watch,
@@ -148,8 +148,8 @@ pub enum Answer {
     Joined {
         /// The shared directory, in that namespace.
         share: PathBuf,
-        /// How large the virtual machine is.
-        size: VmSize,
+        /// How large the virtual machine is, and may become.
+        bounds: Bounds,
     },
     /// To a container that has joined: the virtual machine is over.
     SandboxEnded(Ended),
@@ -244,15 +244,15 @@ impl Control {
 
     /// Asks to be let into the monitor's sandbox. The first of the answers is the tie, the last is the sandbox's mount
     /// namespace.
-    pub fn join(self, id: &str) -> Result<(OwnedFd, PathBuf, VmSize, OwnedFd), ControlError> {
+    pub fn join(self, id: &str) -> Result<(OwnedFd, PathBuf, Bounds, OwnedFd), ControlError> {
         let id = id.to_owned();
         match self.ask(&Request::Join { id }, &[])? {
-            (Answer::Joined { share, size }, fds) => {
+            (Answer::Joined { share, bounds }, fds) => {
                 let namespace = fds.into_iter().next();
                 Ok((
                     self.0,
                     share,
-                    size,
+                    bounds,
                     namespace.ok_or(ControlError::Unexpected)?,
                 ))
             }

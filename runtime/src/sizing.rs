@@ -4,6 +4,8 @@
 //!   at most 32, never more than the host has.
 //! - Memory: the container's limit rounded up to MiB, plus the configured overhead for the guest's kernel and agent,
 //!   at least [`SMALLEST`]; without a limit the configured default. A limit below [`SMALLEST_LIMIT`] is refused.
+//! - What it may grow to while it runs: `max_vcpus` and `max_memory_mib` of the configuration, never more than the host has,
+//!   never less than it boots with.
 //! - `vm.hwConfig` of the specification, which has passed `bundle`, overrides either.
 
 pub use caisson_vmm_spec::MiB;
@@ -31,6 +33,68 @@ pub struct VmSize {
     pub vcpus: u8,
     /// Guest memory.
     pub memory: MiB,
+}
+
+/// How large a virtual machine is at first, and what it may grow to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bounds {
+    /// What it boots with, which is the least.
+    pub boot: VmSize,
+    /// The most.
+    pub most: VmSize,
+    /// Memory for the guest's kernel and agent, beside its containers' limits.
+    pub overhead: MiB,
+}
+
+/// What one container of a sandbox may use. Zero: no limit, and nothing to be made room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Needs {
+    /// Its memory limit.
+    pub memory_bytes: u64,
+    /// Its quota of CPU time in thousandths of a CPU.
+    pub milli_cpus: u64,
+}
+
+impl Bounds {
+    /// Those of a machine that boots with `boot`.
+    pub fn of(boot: VmSize, config: &Config, host: Host) -> Self {
+        let host_mib = u32::try_from(host.memory_bytes >> 20).unwrap_or(u32::MAX);
+        let memory = match config.max_memory_mib {
+            MiB(0) => host_mib,
+            MiB(most) => most.min(host_mib),
+        };
+        let vcpus = config.max_vcpus.min(cpus_of(host));
+        Self {
+            boot,
+            most: VmSize {
+                vcpus: vcpus.max(boot.vcpus),
+                memory: MiB(memory.max(boot.memory.0)),
+            },
+            overhead: config.memory_overhead_mib,
+        }
+    }
+
+    /// The machine for containers with these needs together, as far as there may be one.
+    pub fn fitting(&self, all: impl Iterator<Item = Needs>) -> VmSize {
+        let (mut bytes, mut milli) = (0_u64, 0_u64);
+        for needs in all {
+            bytes = bytes.saturating_add(needs.memory_bytes);
+            milli = milli.saturating_add(needs.milli_cpus);
+        }
+        let mut extra = 0;
+        if bytes > 0 {
+            let needed = round_up(bytes.saturating_add(self.overhead.bytes())).0;
+            // The guest takes memory two MiB at a time.
+            let most = self.most.memory.0.saturating_sub(self.boot.memory.0) & !1;
+            extra = needed.saturating_sub(self.boot.memory.0);
+            extra = extra.checked_next_multiple_of(2).unwrap_or(most).min(most);
+        }
+        let vcpus = u8::try_from(milli.div_ceil(1000)).unwrap_or(MOST_VCPUS);
+        VmSize {
+            vcpus: vcpus.clamp(self.boot.vcpus, self.most.vcpus),
+            memory: MiB(self.boot.memory.0 + extra),
+        }
+    }
 }
 
 /// What a host has to give.
@@ -120,13 +184,17 @@ pub fn size(
             host_bytes: host.memory_bytes,
         });
     }
-    let host_cpus = u8::try_from(host.cpus)
-        .unwrap_or(MOST_VCPUS)
-        .clamp(1, MOST_VCPUS);
     Ok(VmSize {
-        vcpus: vcpus.min(host_cpus),
+        vcpus: vcpus.min(cpus_of(host)),
         memory,
     })
+}
+
+/// As many vCPUs as a machine of this host may have.
+fn cpus_of(host: Host) -> u8 {
+    u8::try_from(host.cpus)
+        .unwrap_or(MOST_VCPUS)
+        .clamp(1, MOST_VCPUS)
 }
 
 fn vcpus_of(spec: &Spec, config: &Config) -> u8 {
@@ -296,6 +364,57 @@ mod tests {
             let vm = format!(r#"{{"hwConfig":{{"vcpus":{vcpus}}}}}"#);
             assert_eq!(sized("{}", &vm, HOST), Err(SizingError::Vcpus { vcpus }));
         }
+    }
+
+    #[test]
+    fn a_machine_grows_to_the_sum_of_its_containers_and_no_further() {
+        let config = Config {
+            max_vcpus: 6,
+            max_memory_mib: MiB(1024),
+            ..Config::default()
+        };
+        let boot = VmSize {
+            vcpus: 1,
+            memory: MiB(256),
+        };
+        let bounds = Bounds::of(boot, &config, HOST);
+        let fitting = |all: &[(u64, u64)]| {
+            let needs = all.iter().map(|(mib, milli_cpus)| Needs {
+                memory_bytes: mib << 20,
+                milli_cpus: *milli_cpus,
+            });
+            let VmSize { vcpus, memory } = bounds.fitting(needs);
+            (memory.0, vcpus)
+        };
+        assert_eq!(fitting(&[]), (256, 1));
+        assert_eq!(fitting(&[(0, 0), (0, 0)]), (256, 1));
+        assert_eq!(fitting(&[(192, 1000)]), (256, 1), "it fits");
+        assert_eq!(fitting(&[(193, 1001)]), (258, 2));
+        assert_eq!(fitting(&[(193, 900), (100, 900), (0, 0)]), (358, 2));
+        assert_eq!(fitting(&[(960, 6000)]), (1024, 6));
+        assert_eq!(fitting(&[(960, 6000), (960, 6000)]), (1024, 6));
+        assert_eq!(fitting(&[(u64::MAX >> 20, u64::MAX)]), (1024, 6));
+    }
+
+    #[test]
+    fn the_most_is_the_hosts_where_nothing_else_is_configured() {
+        let boot = VmSize {
+            vcpus: 2,
+            memory: MiB(256),
+        };
+        let config = |max_vcpus, max_memory_mib| Config {
+            max_vcpus,
+            max_memory_mib: MiB(max_memory_mib),
+            ..Config::default()
+        };
+        let most = |config: &Config| Bounds::of(boot, config, HOST).most;
+        let size = |vcpus, memory| VmSize {
+            vcpus,
+            memory: MiB(memory),
+        };
+        assert_eq!(most(&config(32, 0)), size(8, 8192));
+        assert_eq!(most(&config(4, 512)), size(4, 512));
+        assert_eq!(most(&config(1, 64)), boot);
     }
 
     #[test]

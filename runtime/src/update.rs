@@ -2,17 +2,23 @@
 //!
 //! Contract: pure. As in runc, zeros and missing fields of a change leave things as they are. The limits hold in the
 //! guest; the host's cgroup follows where it has the same limit (CPU bandwidth and weight, CPUs and nodes, disks, whether
-//! memory is limited at all). A virtual machine keeps its memory and its vCPUs: what needs more of either is refused.
-//! What a lower memory limit frees in the guest goes back to the host page by page (free page reporting).
-//! Not here: writing (`cgroup.rs`, the agent), the order and the way back when one side refuses (`monitor/serve.rs`).
+//! memory is limited at all). The virtual machine grows and shrinks with them within its bounds; what needs more is refused.
+//! No limit at all leaves it as it is. What a lower memory limit frees of the memory that it booted with goes back to the
+//! host page by page (free page reporting).
+//! Not here: writing (`cgroup.rs`, the agent), the order and the way back when one side refuses (`update/apply.rs`), the
+//! machine (`sandbox/growth.rs`).
 
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
 use crate::{
     cgroup::{self, Limit},
     guest_spec,
-    sizing::{SMALLEST_LIMIT, VmSize},
+    sizing::{Bounds, Needs, SMALLEST_LIMIT, VmSize},
 };
+
+mod apply;
+
+pub use apply::{ApplyError, apply};
 
 /// The kernel's period where none is given, in microseconds.
 const DEFAULT_PERIOD_US: u64 = 100_000;
@@ -20,16 +26,16 @@ const DEFAULT_PERIOD_US: u64 = 100_000;
 /// Why limits stay as they are.
 #[derive(Debug, thiserror::Error)]
 pub enum UpdateError {
-    /// More memory than the machine has.
+    /// More memory than the machine may have.
     #[error(
-        "memory limit of {bytes} bytes: the virtual machine has {} bytes of memory, fixed when the container was created",
-        size.memory.bytes()
+        "memory limit of {bytes} bytes: the virtual machine may have at most {} bytes of memory (max_memory_mib)",
+        most.memory.bytes()
     )]
     Memory {
         /// As asked.
         bytes: i64,
-        /// The machine.
-        size: VmSize,
+        /// The largest machine.
+        most: VmSize,
     },
     /// Nothing runs in so little memory.
     #[error(
@@ -40,19 +46,19 @@ pub enum UpdateError {
         /// As asked.
         bytes: i64,
     },
-    /// More CPUs than the machine has.
+    /// More CPUs than the machine may have.
     #[error(
-        "CPU quota of {quota} in a period of {period} microseconds: the virtual machine has {} vCPU(s), fixed when the \
-         container was created",
-        size.vcpus
+        "CPU quota of {quota} in a period of {period} microseconds: the virtual machine may have at most {} vCPU(s) \
+         (max_vcpus)",
+        most.vcpus
     )]
     Cpus {
         /// As asked.
         quota: i64,
         /// As asked, or as it was.
         period: u64,
-        /// The machine.
-        size: VmSize,
+        /// The largest machine.
+        most: VmSize,
     },
     /// The change is not a `linux.resources` object.
     #[error("read the resources")]
@@ -63,7 +69,7 @@ pub enum UpdateError {
 #[derive(Debug, Clone)]
 pub struct Limits {
     resources: LinuxResources,
-    size: VmSize,
+    bounds: Bounds,
 }
 
 /// A change that can be made.
@@ -73,18 +79,39 @@ pub struct Change {
     pub limits: Limits,
     /// What the guest is told: a `linux.resources` object.
     pub guest: Vec<u8>,
-    /// What is written on the host.
-    pub host: Vec<Limit>,
+    asked: LinuxResources,
+}
+
+impl Change {
+    /// What is written on the host for a machine of that size.
+    pub fn host(&self, size: VmSize) -> Vec<Limit> {
+        cgroup::limits_of_change(&self.asked, &self.limits.resources, size)
+    }
 }
 
 impl Limits {
     /// Those of a new container.
-    pub fn new(spec: &Spec, size: VmSize) -> Self {
+    pub fn new(spec: &Spec, bounds: Bounds) -> Self {
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().clone());
         Self {
             resources: resources.unwrap_or_default(),
-            size,
+            bounds,
+        }
+    }
+
+    /// What the virtual machine must have for them.
+    pub fn needs(&self) -> Needs {
+        let memory = self.resources.memory().as_ref();
+        let limit = memory.and_then(|memory| memory.limit());
+        let cpus = self.resources.cpu().as_ref().and_then(bandwidth);
+        Needs {
+            memory_bytes: limit
+                .and_then(|limit| u64::try_from(limit).ok())
+                .unwrap_or(0),
+            milli_cpus: cpus.map_or(0, |(quota, period)| {
+                quota.unsigned_abs().saturating_mul(1000).div_ceil(period)
+            }),
         }
     }
 
@@ -101,17 +128,16 @@ impl Limits {
             merge_cpu(merged, cpu);
             self.check_cpu(merged)?;
         }
-        let host = cgroup::limits_of_change(&change, &resources, self.size);
-        let mut guest = change;
+        let mut guest = change.clone();
         guest_spec::remove_host_limits(&mut guest);
         // The guest's devices are what they were.
         guest.set_devices(None);
         Ok(Change {
             guest: serde_json::to_vec(&guest)?,
-            host,
+            asked: change,
             limits: Self {
                 resources,
-                size: self.size,
+                bounds: self.bounds,
             },
         })
     }
@@ -121,9 +147,9 @@ impl Limits {
             return Ok(());
         };
         let asked = u64::try_from(bytes).unwrap_or_default();
-        if asked > self.size.memory.bytes() {
-            let size = self.size;
-            return Err(UpdateError::Memory { bytes, size });
+        if asked > self.bounds.most.memory.bytes() {
+            let most = self.bounds.most;
+            return Err(UpdateError::Memory { bytes, most });
         }
         if asked < SMALLEST_LIMIT.bytes() {
             return Err(UpdateError::TooSmall { bytes });
@@ -132,22 +158,26 @@ impl Limits {
     }
 
     fn check_cpu(&self, merged: &LinuxCpu) -> Result<(), UpdateError> {
-        let Some(quota) = merged.quota().filter(|&quota| quota > 0) else {
+        let Some((quota, period)) = bandwidth(merged) else {
             return Ok(());
         };
-        let period = merged.period().filter(|&period| period > 0);
-        let period = period.unwrap_or(DEFAULT_PERIOD_US);
-        let needed = u64::try_from(quota).unwrap_or_default().div_ceil(period);
-        if needed > u64::from(self.size.vcpus) {
-            let size = self.size;
+        let most = self.bounds.most;
+        if quota.unsigned_abs().div_ceil(period) > u64::from(most.vcpus) {
             return Err(UpdateError::Cpus {
                 quota,
                 period,
-                size,
+                most,
             });
         }
         Ok(())
     }
+}
+
+/// A quota, which is more than nothing, and its period.
+fn bandwidth(cpu: &LinuxCpu) -> Option<(i64, u64)> {
+    let quota = cpu.quota().filter(|&quota| quota > 0)?;
+    let period = cpu.period().filter(|&period| period > 0);
+    Some((quota, period.unwrap_or(DEFAULT_PERIOD_US)))
 }
 
 fn merge_memory(all: &mut LinuxMemory, change: &LinuxMemory) {
@@ -181,15 +211,23 @@ mod tests {
 
     fn limits(resources: &str) -> Limits {
         let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
-        let size = VmSize {
-            vcpus: 2,
-            memory: MiB(256),
+        let bounds = Bounds {
+            boot: size(1, 128),
+            most: size(2, 256),
+            overhead: MiB(64),
         };
-        Limits::new(&serde_json::from_str(&spec).unwrap(), size)
+        Limits::new(&serde_json::from_str(&spec).unwrap(), bounds)
+    }
+
+    fn size(vcpus: u8, memory: u32) -> VmSize {
+        VmSize {
+            vcpus,
+            memory: MiB(memory),
+        }
     }
 
     fn host(limits: &Limits, change: &str) -> Vec<(String, String)> {
-        let host = limits.change(change).unwrap().host;
+        let host = limits.change(change).unwrap().host(size(2, 256));
         host.into_iter()
             .map(|limit| (limit.file.to_owned(), limit.value))
             .collect()
@@ -241,18 +279,40 @@ mod tests {
             .limits;
         let refused = refusal(&first, r#"{"cpu":{"quota":20001}}"#);
         assert!(
-            refused.contains("20001 in a period of 10000") && refused.contains("2 vCPU(s)"),
+            refused.contains("20001 in a period of 10000")
+                && refused.contains("2 vCPU(s) (max_vcpus)"),
             "{refused}"
         );
         first.change(r#"{"cpu":{"quota":20000}}"#).unwrap();
     }
 
     #[test]
-    fn what_the_machine_does_not_have_is_refused_with_the_numbers() {
+    fn needs_are_those_of_limits_alone() {
+        let needs = |limits: &Limits| {
+            let Needs {
+                memory_bytes,
+                milli_cpus,
+            } = limits.needs();
+            (memory_bytes, milli_cpus)
+        };
+        let before = limits(r#"{"cpu":{"quota":25000},"memory":{"limit":100000000}}"#);
+        assert_eq!(needs(&before), (100_000_000, 250));
+        let change = |text: &str| needs(&before.change(text).unwrap().limits);
+        assert_eq!(
+            change(r#"{"memory":{"limit":-1},"cpu":{"period":20000}}"#),
+            (0, 1250)
+        );
+        assert_eq!(change(r#"{"cpu":{"quota":-1}}"#), (100_000_000, 0));
+        assert_eq!(needs(&limits("{}")), (0, 0));
+    }
+
+    #[test]
+    fn what_the_machine_may_not_have_is_refused_with_the_numbers() {
         let limits = limits("{}");
         let refused = refusal(&limits, r#"{"memory":{"limit":268435457}}"#);
         assert!(
-            refused.contains("268435457") && refused.contains("has 268435456 bytes"),
+            refused.contains("268435457")
+                && refused.contains("at most 268435456 bytes of memory (max_memory_mib)"),
             "{refused}"
         );
         assert!(refusal(&limits, r#"{"memory":{"limit":1}}"#).contains("at least 4194304"));

@@ -20,8 +20,7 @@ use std::{
 
 use caisson_agent_api::SHARE_TAG;
 use caisson_vmm_spec::{
-    Cause, Event, Fd, MemoryPolicy, MemorySpec, MiB, NetworkSpec, Request, SPEC_FD, ShareSpec,
-    VmSpec,
+    Cause, Event, Fd, MemoryPolicy, MemorySpec, NetworkSpec, Request, SPEC_FD, ShareSpec, VmSpec,
 };
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags},
@@ -34,6 +33,7 @@ use crate::{
     cgroup::Entry,
     network::Plug,
     packet::{self, PacketError, Packets},
+    sizing::Bounds,
     spawn::{Child, spawn},
     text::one_line,
     watched::watch,
@@ -53,10 +53,8 @@ pub struct Machine<'a> {
     pub initramfs: &'a Path,
     /// Words for the guest kernel's command line.
     pub cmdline: &'a str,
-    /// Number of vCPUs.
-    pub vcpus: u8,
-    /// Guest memory.
-    pub memory: MiB,
+    /// vCPUs and memory, and what they may grow to.
+    pub bounds: Bounds,
     /// Ask for huge pages.
     pub huge_pages: bool,
     /// From which nodes of the host guest memory comes.
@@ -162,9 +160,11 @@ impl Vmm {
             kernel: files.add(open("the guest kernel", machine.kernel, OFlags::RDONLY)?),
             initramfs: files.add(open("the initramfs", machine.initramfs, OFlags::RDONLY)?),
             cmdline: machine.cmdline.to_owned(),
-            vcpus: machine.vcpus,
+            vcpus: machine.bounds.boot.vcpus,
+            most_vcpus: machine.bounds.most.vcpus,
             memory: MemorySpec {
-                size: machine.memory,
+                size: machine.bounds.boot.memory,
+                most: machine.bounds.most.memory,
                 huge_pages: machine.huge_pages,
                 policy: machine.memory_policy,
             },

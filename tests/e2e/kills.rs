@@ -159,6 +159,14 @@ macro_rules! kill_tests {
                 super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["update", "--pids-limit", "50", "one"]));
             }
         )*}
+        mod during_growth {$(
+            #[test]
+            fn $name() {
+                let Some(case) = super::case_for($reason) else { return };
+                let bundle = super::sleeping(&case);
+                super::kill_during(&case, $victim, || case.start(&bundle, "one"), || case.call(["update", "--memory", "700m", "one"]));
+            }
+        )*}
         mod during_delete {$(
             #[test]
             fn $name() {

@@ -9,6 +9,7 @@ mod agent_deaths;
 mod bytes;
 mod cycles;
 mod files;
+mod growth;
 mod guest_ends;
 mod host;
 mod isolation;

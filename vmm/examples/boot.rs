@@ -49,8 +49,10 @@ fn main() -> Result<ExitCode> {
         initramfs: files.add(File::open(initramfs)?.into())?,
         cmdline: option("words=").unwrap_or_default().to_owned(),
         vcpus: option("vcpus=").map_or(Ok(1), str::parse)?,
+        most_vcpus: option("most_vcpus=").map_or(Ok(0), str::parse)?,
         memory: MemorySpec {
             size: MiB(option("mem=").map_or(Ok(256), str::parse)?),
+            most: MiB(option("most=").map_or(Ok(0), str::parse)?),
             huge_pages: option("huge=") != Some("0"),
             policy: None,
         },

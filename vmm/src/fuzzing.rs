@@ -22,6 +22,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("block", crate::devices::block::fuzz),
     ("chain", chain),
     ("fs", crate::devices::fs::fuzz),
+    ("mem", crate::devices::mem::fuzz),
     ("net", crate::devices::net::fuzz),
     ("queue", queue),
     ("registers", registers),

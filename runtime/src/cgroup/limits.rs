@@ -29,12 +29,16 @@ pub struct Limit {
     pub first_version: Vec<(&'static str, String)>,
 }
 
+/// What a machine of that size may use on the host.
+pub(super) fn machine_memory(size: VmSize) -> u64 {
+    size.memory.bytes() + HOST_OVERHEAD.bytes()
+}
+
 /// All limits, in the order in which they are to be written.
 pub(super) fn of(spec: &Spec, size: VmSize) -> Vec<Limit> {
     let mut limits = Vec::new();
     if sizing::memory_limit(spec).is_some() {
-        let bytes = size.memory.bytes() + HOST_OVERHEAD.bytes();
-        limits.push(of_memory(Some(bytes)));
+        limits.push(of_memory(Some(machine_memory(size))));
     }
     let resources = spec
         .linux()
@@ -80,8 +84,7 @@ pub(super) fn of_change(change: &LinuxResources, all: &LinuxResources, size: VmS
     let mut limits = Vec::new();
     let memory = change.memory().as_ref().and_then(|memory| memory.limit());
     if let Some(limit) = memory.filter(|&limit| limit != 0) {
-        let bytes = size.memory.bytes() + HOST_OVERHEAD.bytes();
-        limits.push(of_memory((limit > 0).then_some(bytes)));
+        limits.push(of_memory((limit > 0).then(|| machine_memory(size))));
     }
     if let Some(cpu) = change.cpu() {
         let mut touched = cpu.clone();
@@ -131,7 +134,7 @@ fn of_cpu(cpu: &LinuxCpu) -> Vec<Limit> {
 }
 
 /// Memory in bytes; `None`: as much as there is.
-fn of_memory(bytes: Option<u64>) -> Limit {
+pub(super) fn of_memory(bytes: Option<u64>) -> Limit {
     let text = |none: &str| bytes.map_or_else(|| none.to_owned(), |bytes| bytes.to_string());
     Limit {
         file: "memory.max",

@@ -34,11 +34,11 @@ use crate::{
     packet::{PacketError, Packets},
     preserved,
     sandbox::{
-        Activation, BootError, Booting, CreateRequest, Sandbox, SandboxError, Started, Wanted,
+        Activation, BootError, Booting, CreateRequest, Sandbox, SandboxError, Started, Step, Wanted,
     },
     share::{self, Share, ShareError},
     shm,
-    sizing::{self, Host, SizingError},
+    sizing::{self, Bounds, Host, SizingError},
     state::{State, StateDir, StateError, Status, timestamp},
     stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
@@ -147,7 +147,9 @@ pub(super) async fn create(
         console_socket: order.console_socket.is_some(),
     };
     bundle.check_terminal(caller)?;
-    let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, Host::detect())?;
+    let host_has = Host::detect();
+    let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, host_has)?;
+    let bounds = Bounds::of(size, &config, host_has);
     // Nothing so far has left a trace. The session's end is this process's own from here on.
     rustix::process::setsid().map_err(host("leave the caller's session"))?;
     let dir = StateDir::claim(&order.root, &order.id)?;
@@ -213,7 +215,7 @@ pub(super) async fn create(
                 dir: dir.path(),
                 config: &config,
                 vm: bundle.vm.as_ref(),
-                size,
+                bounds,
                 memory_policy: bundle.memory_policy(),
                 share: &share,
                 cgroup: cgroup.as_ref(),
@@ -228,10 +230,11 @@ pub(super) async fn create(
             (share, None, Birth::Joined(joined))
         }
     };
-    let (holder, size) = match &birth {
-        Birth::Boots(_) => (dir.path().to_owned(), size),
-        Birth::Joined(joined) => (joined.holder.clone(), joined.size),
+    let (holder, bounds) = match &birth {
+        Birth::Boots(_) => (dir.path().to_owned(), bounds),
+        Birth::Joined(joined) => (joined.holder.clone(), joined.bounds),
     };
+    let limits = Limits::new(&bundle.spec, bounds);
     // In a unit of systemd's it is already.
     let to_join = cgroup.as_ref().filter(|cgroup| cgroup.unit().is_none());
     let joining = to_join.map(Joining::begin).transpose()?;
@@ -262,7 +265,9 @@ pub(super) async fn create(
         },
     };
     let sandbox = match birth {
-        Birth::Boots(booting) => unless_abandoned(report, booting.ready()).await??.spawn(),
+        Birth::Boots(booting) => unless_abandoned(report, booting.ready())
+            .await??
+            .spawn(bounds),
         Birth::Joined(joined) => joined.sandbox,
     };
     let inside = joining.map(Joining::finish).transpose()?;
@@ -283,6 +288,10 @@ pub(super) async fn create(
             request.network = network.whole();
             request.wanted.resolver = resolver::is_wanted(&spec);
         }
+        // A limit is no claim: a machine that cannot get so large is shared by those who are in it.
+        for step in [Step::Grow, Step::Settle] {
+            let _ = sandbox.fit(id, step, limits.needs()).await;
+        }
         let set_up = set_up(&sandbox, id, request, streams);
         let flowing = unless_abandoned(report, set_up).await??;
         share.seal(id, &host_files)?;
@@ -298,7 +307,7 @@ pub(super) async fn create(
         let premises = Premises {
             holder,
             guest_pid: flowing.guest_pid,
-            size,
+            bounds,
             share: share.path().to_owned(),
             namespace: view
                 .sandbox_namespace()
@@ -313,7 +322,6 @@ pub(super) async fn create(
     match created.await {
         Ok((flowing, listener, view, premises)) => {
             drop((inside.map(Inside::stay), cgroup.map(HostCgroup::keep)));
-            let limits = Limits::new(&bundle.spec, size);
             let record = Record::new(dir.keep(), state, limits, premises);
             Ok(Live {
                 sandbox,

@@ -29,7 +29,7 @@ use crate::{
     packet::Packets,
     sandbox::{INIT, Sandbox, remote},
     share::{self, Share, Trees},
-    sizing::VmSize,
+    sizing::Bounds,
     state::StateDir,
 };
 
@@ -44,7 +44,7 @@ pub(super) struct Premises {
     /// The container's init in the guest.
     pub(super) guest_pid: u32,
     /// The virtual machine's.
-    pub(super) size: VmSize,
+    pub(super) bounds: Bounds,
     /// The shared directory.
     pub(super) share: PathBuf,
     /// The mount namespace in which it is.
@@ -68,7 +68,7 @@ pub(super) struct Joined {
     /// The state directory of the monitor that holds it.
     pub(super) holder: PathBuf,
     /// The virtual machine's.
-    pub(super) size: VmSize,
+    pub(super) bounds: Bounds,
 }
 
 impl Sharer {
@@ -106,7 +106,7 @@ impl Sharer {
             return Err(crate::control::ControlError::Unexpected.into());
         };
         crate::guest_spec::join_namespaces(guest, &self.kinds, guest_pid);
-        let (tie, share, size, namespace) = Control::connect(&holder)?.join(id)?;
+        let (tie, share, bounds, namespace) = Control::connect(&holder)?.join(id)?;
         let tie = Packets::new(tie).map_err(|source| CreateError::Host {
             step: "join the sandbox",
             source,
@@ -121,7 +121,7 @@ impl Sharer {
         let joined = Joined {
             sandbox,
             holder,
-            size,
+            bounds,
         };
         Ok((share, joined))
     }
@@ -159,7 +159,7 @@ fn process_of(path: &Path) -> Option<u32> {
 pub(super) async fn hold(packets: Packets, sandbox: Sandbox, premises: Premises, id: String) {
     let joined = Answer::Joined {
         share: premises.share.clone(),
-        size: premises.size,
+        bounds: premises.bounds,
     };
     if packets
         .send(&joined, &[premises.namespace.as_fd()])

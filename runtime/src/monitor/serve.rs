@@ -15,10 +15,12 @@ use crate::{
     packet::Packets,
     process_table::Table,
     sandbox::{
-        Event, ExecRequest, Exit, INIT, LOST, Refused, Sandbox, SandboxError, Started, Streams,
-        Wanted, remote,
+        Event, ExecRequest, Exit, INIT, LOST, Refused, Sandbox, SandboxError, Started, Step,
+        Streams, Wanted,
+        remote::{self, Question},
     },
     state::Status,
+    update::{self, ApplyError},
 };
 
 /// The most kills that are told at once, whatever the guest counts.
@@ -98,6 +100,7 @@ pub(super) async fn connection(
         // Said on a connection of `Join` alone.
         Request::Leave => return,
         Request::Member { id, question } => {
+            make_room(&sandbox, &record, &id, &question).await;
             return remote::carry_out(&packets, &sandbox, &id, question, fds).await;
         }
         Request::Update { resources } => {
@@ -152,7 +155,7 @@ async fn watch(packets: &Packets, sandbox: &Sandbox, id: &str) {
     }
 }
 
-/// Changes limits on the host and in the guest; if the guest refuses, the host's are as before.
+/// Changes limits on the host and in the guest.
 async fn update(
     sandbox: &Sandbox,
     record: &Record,
@@ -160,23 +163,26 @@ async fn update(
     resources: &str,
 ) -> Result<(), String> {
     let mut limits = record.limits().await;
-    let change = limits
-        .change(resources)
-        .map_err(|error| error::message(&error))?;
     let cgroup = record.cgroup();
-    let before = match &cgroup {
-        Some(cgroup) => cgroup
-            .change(&change.host)
-            .map_err(|error| error::message(&error))?,
-        None => Vec::new(),
-    };
-    let changed = sandbox.update(id, change.guest).await;
-    if let (Err(_), Some(cgroup)) = (&changed, &cgroup) {
-        cgroup.change_back(&before);
+    let applied = update::apply(&mut limits, sandbox, id, cgroup.as_ref(), resources).await;
+    applied.map_err(|error| match error {
+        ApplyError::Sandbox(error) => in_words(&error),
+        error => error::message(&error),
+    })
+}
+
+/// Lets the cgroup that holds the machine hold it when it has grown for a member.
+async fn make_room(sandbox: &Sandbox, record: &Record, id: &str, question: &Question) {
+    if let Question::Fit {
+        step: Step::Grow,
+        needs,
+    } = question
+        && let Some(cgroup) = record.cgroup()
+        && let Ok(size) = sandbox.fit(id, Step::Look, *needs).await
+    {
+        // If it does not get larger the machine has what it had, and whoever uses more ends.
+        let _ = cgroup.make_room(size);
     }
-    changed.map_err(|error| in_words(&error))?;
-    *limits = change.limits;
-    Ok(())
 }
 
 async fn exec(

@@ -12,6 +12,7 @@ use tokio::net::UnixStream;
 use super::{Sandbox, owner};
 use crate::{
     agent::Agent,
+    sizing::Bounds,
     vmm::{Ended, Machine, Vmm, VmmError},
 };
 
@@ -84,8 +85,8 @@ impl Booting {
 
 impl Ready {
     /// Hands the virtual machine to its owner, a task of the current runtime.
-    pub fn spawn(self) -> Sandbox {
-        owner::spawn(self.vmm, self.agent)
+    pub fn spawn(self, bounds: Bounds) -> Sandbox {
+        owner::spawn(self.vmm, self.agent, bounds)
     }
 }
 

@@ -3,9 +3,17 @@
 use std::{os::fd::OwnedFd, sync::Arc};
 
 use caisson_agent_api::Network;
+use caisson_vmm_spec::MiB;
+use tokio::sync::oneshot;
 
-use super::{CreateRequest, Event, ExecRequest, Exit, Reply, SandboxError, Started, Status};
-use crate::{agent::AgentError, network::Plug, process_table::Table, stats::Stats};
+use super::{CreateRequest, Event, ExecRequest, Exit, Reply, SandboxError, Started, Status, Step};
+use crate::{
+    agent::AgentError,
+    network::Plug,
+    process_table::Table,
+    sizing::{Needs, VmSize},
+    stats::Stats,
+};
 
 /// Held by a task for as long as it needs the guest to run.
 pub(super) type Busy = Arc<()>;
@@ -49,6 +57,27 @@ pub(super) enum Message {
         id: String,
         event: Event,
         reply: Reply<()>,
+    },
+    Memory {
+        extra: MiB,
+        /// Told when the guest has as much.
+        followed: oneshot::Sender<()>,
+        reply: Reply<()>,
+    },
+    Vcpus {
+        count: u8,
+        reply: Reply<()>,
+    },
+    FitGuest {
+        memory_device: Option<u32>,
+        cpus: u8,
+        reply: Reply<()>,
+    },
+    /// Of a sandbox that another process holds.
+    Fit {
+        step: Step,
+        needs: Needs,
+        reply: Reply<VmSize>,
     },
     Plug {
         plug: Plug,

@@ -11,6 +11,7 @@
 
 mod boot;
 mod container;
+mod growth;
 mod inquiry;
 mod message;
 mod owner;
@@ -18,14 +19,15 @@ mod ports;
 pub mod remote;
 mod status;
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use caisson_agent_api::Network;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 pub use self::{
     boot::{BootError, Booting, Ready},
+    growth::Step,
     status::{Event, Refused, after},
 };
 pub use crate::agent::{Activation, Exit};
@@ -34,10 +36,12 @@ use crate::{
     control::ControlError,
     network::Plug,
     process_table::{Table, TableError},
+    sizing::{Needs, VmSize},
     state::Status,
     stats::{Stats, StatsError},
     vmm::{Ended, VmmError},
 };
+use growth::Growth;
 use message::Message;
 
 /// The process id of a container's init.
@@ -67,6 +71,12 @@ pub enum SandboxError {
     /// The VMM cannot be spoken to.
     #[error("the virtual machine does not answer")]
     Vmm(#[from] VmmError),
+    /// The virtual machine cannot get larger: the host's words.
+    #[error("grow the virtual machine: {0}")]
+    Growth(String),
+    /// It is offered memory and does not take it.
+    #[error("grow the virtual machine: the guest did not take {0} MiB of memory")]
+    NotTaken(u32),
     /// The agent answered, but did not connect a stream first.
     #[error("the guest did not connect the standard streams")]
     Streams,
@@ -179,9 +189,21 @@ type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
 pub struct Sandbox {
     inbox: mpsc::Sender<Message>,
     ended: watch::Receiver<Option<Ended>>,
+    /// Held while the machine changes. None: another process holds the sandbox.
+    growth: Option<Arc<Mutex<Growth>>>,
 }
 
 impl Sandbox {
+    /// Has the virtual machine follow what a container may use; answers how large it is afterwards ([`Step::Look`]: would be
+    /// on the way, at most).
+    pub async fn fit(&self, id: &str, step: Step, needs: Needs) -> Result<VmSize, SandboxError> {
+        if let Some(growth) = &self.growth {
+            return growth.lock().await.fit(self, id, step, needs).await;
+        }
+        // The handle is one container's.
+        self.ask(|reply| Message::Fit { step, needs, reply }).await
+    }
+
     /// Sets a container up as far as its parked init.
     pub async fn create(&self, id: &str, request: CreateRequest) -> Result<Started, SandboxError> {
         let id = id.to_owned();
@@ -350,8 +372,13 @@ impl Sandbox {
 
     /// Removes a stopped container from the guest.
     pub async fn delete(&self, id: &str) -> Result<(), SandboxError> {
-        let id = id.to_owned();
-        self.ask(|reply| Message::Delete { id, reply }).await
+        let name = id.to_owned();
+        self.ask(|reply| Message::Delete { id: name, reply })
+            .await?;
+        if let Some(growth) = &self.growth {
+            growth.lock().await.forget(id);
+        }
+        Ok(())
     }
 
     /// Ends the virtual machine and answers when its process is gone.

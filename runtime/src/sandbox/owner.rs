@@ -19,9 +19,9 @@ use std::{
 };
 
 use caisson_agent_api::CreateContainerRequest;
-use caisson_vmm_spec::{Cause, Event as VmEvent, Request};
+use caisson_vmm_spec::{Cause, Event as VmEvent, MiB, Request};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Mutex, mpsc, oneshot, watch},
     time::Instant,
 };
 
@@ -29,6 +29,7 @@ use super::{
     CreateRequest, Event, ExecRequest, Exit, INIT, Reply, Sandbox, SandboxError, Started, Status,
     boot::LAST_BREATH,
     container::Container,
+    growth::Growth,
     inquiry,
     message::{Busy, Done, Message},
     ports::Ports,
@@ -36,6 +37,8 @@ use super::{
 use crate::{
     agent::{Agent, AgentError},
     network::Plug,
+    sizing::Bounds,
+    text::one_line,
     vmm::{Ended, Vmm},
 };
 
@@ -50,6 +53,10 @@ struct Owner {
     ports: Ports,
     /// Who waits for the VMM to have changed the interface in a slot.
     plugging: HashMap<u8, Reply<()>>,
+    /// Who waits for the VMM to have offered memory, or made vCPUs.
+    machine: Option<Reply<()>>,
+    /// Who waits for the guest to have so much memory beyond what it booted with; it has to run for that.
+    following: Option<(MiB, oneshot::Sender<()>, Busy)>,
     containers: HashMap<String, Container>,
     outbox: mpsc::WeakSender<Message>,
     /// Cloned for every call that needs the guest to run.
@@ -89,13 +96,15 @@ fn verdict(last: Last, wanted: Option<Ended>, observed: Ended) -> Ended {
 }
 
 /// Starts the owner.
-pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
+pub(super) fn spawn(vmm: Vmm, agent: Agent, bounds: Bounds) -> Sandbox {
     let (outbox, inbox) = mpsc::channel(INBOX);
     let (tell, ended) = watch::channel(None);
     let owner = Owner {
         agent,
         ports: Ports::default(),
         plugging: HashMap::new(),
+        machine: None,
+        following: None,
         containers: HashMap::new(),
         outbox: outbox.downgrade(),
         busy: Busy::default(),
@@ -109,6 +118,7 @@ pub(super) fn spawn(vmm: Vmm, agent: Agent) -> Sandbox {
     Sandbox {
         inbox: outbox,
         ended,
+        growth: Some(Arc::new(Mutex::new(Growth::new(bounds)))),
     }
 }
 
@@ -131,7 +141,10 @@ impl Owner {
                     Ok(Some((VmEvent::Ended { cause, message, console }, _))) => {
                         break Last::Reported(Ended::reported(cause, &message, &console));
                     }
-                    Ok(Some(_)) => {}
+                    Ok(Some((event, _))) => {
+                        self.machine_changed(event);
+                        self.balance(&vmm).await;
+                    }
                     // A VMM that speaks nonsense is as good as one that is gone.
                     Ok(None) | Err(_) => break Last::Closed,
                 },
@@ -239,6 +252,33 @@ impl Owner {
                 resources,
                 reply,
             } => self.update(id, resources, reply),
+            Message::Memory {
+                extra,
+                followed,
+                reply,
+            } => {
+                self.machine = Some(reply);
+                self.following = Some((extra, followed, Arc::clone(&self.busy)));
+                vm_request(vmm, &Request::Memory { extra }, &[]).await;
+            }
+            Message::Vcpus { count, reply } => {
+                self.machine = Some(reply);
+                vm_request(vmm, &Request::Vcpus { count }, &[]).await;
+            }
+            Message::FitGuest {
+                memory_device,
+                cpus,
+                reply,
+            } => {
+                let agent = self.agent.clone();
+                self.call(
+                    reply,
+                    async move { Ok(agent.fit(memory_device, cpus).await?) },
+                );
+            }
+            Message::Fit { reply, .. } => {
+                answer(reply, Err(SandboxError::NotHere("be asked of its owner")));
+            }
             Message::Plug { plug, reply } => {
                 let Plug { slot, mac, .. } = plug;
                 self.plugging.insert(slot, reply);
@@ -269,6 +309,27 @@ impl Owner {
                 drop(busy);
                 self.done(done);
             }
+        }
+    }
+
+    /// The VMM has done what was asked for the machine's size, or the guest has followed.
+    fn machine_changed(&mut self, event: VmEvent) {
+        let result = match event {
+            VmEvent::Asked | VmEvent::Vcpus { .. } => Ok(()),
+            VmEvent::Failed { message } => Err(SandboxError::Growth(one_line(&message, 1024))),
+            VmEvent::Memory { extra } => {
+                if let Some((_, followed, _)) =
+                    self.following.take_if(|(asked, ..)| *asked == extra)
+                {
+                    // Who waited may have given up.
+                    let _ = followed.send(());
+                }
+                return;
+            }
+            _ => return,
+        };
+        if let Some(reply) = self.machine.take() {
+            answer(reply, result);
         }
     }
 

@@ -24,13 +24,14 @@ use tokio::sync::{mpsc, watch};
 
 use super::{
     CreateRequest, Event, ExecRequest, Exit, Refused, Reply as Answered, Sandbox, SandboxError,
-    Started, Status, Streams, Wanted, message::Message,
+    Started, Status, Step, Streams, Wanted, message::Message,
 };
 use crate::{
     agent::{Activation, AgentError, RefusalKind},
     control::{Answer, ControlError, Request, attached, connect, read_attached},
     packet::Packets,
     process_table::Table,
+    sizing::{Needs, VmSize},
     stats::Stats,
     vmm::Ended,
 };
@@ -100,6 +101,13 @@ pub enum Question {
     },
     /// Change limits; attached: a `linux.resources` object.
     Update,
+    /// What it may use changes.
+    Fit {
+        /// What is to be done.
+        step: Step,
+        /// What it may use then.
+        needs: Needs,
+    },
     /// Wait until the container says that it is ready.
     Ready,
     /// Where it is in its life.
@@ -131,6 +139,8 @@ pub enum Reply {
     Kills(u64),
     /// The status.
     Status(Status),
+    /// The virtual machine's.
+    Size(VmSize),
     /// Not in this state.
     Refused(Refused),
     /// The agent's words.
@@ -151,6 +161,7 @@ pub fn attach(holder: PathBuf, id: String, tie: Packets) -> Sandbox {
     Sandbox {
         inbox: outbox,
         ended,
+        growth: None,
     }
 }
 
@@ -246,6 +257,13 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
         Message::Update {
             resources, reply, ..
         } => answer(reply, ask(Question::Update, Some(resources)).await, done),
+        Message::Fit { step, needs, reply } => {
+            let told = ask(Question::Fit { step, needs }, None).await;
+            answer(reply, told, |told| match told {
+                (Reply::Size(size), _) => Some(size),
+                _ => None,
+            });
+        }
         Message::Signal {
             process_id,
             signal,
@@ -309,7 +327,10 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 _ => None,
             });
         }
-        Message::Plug { reply, .. }
+        Message::Memory { reply, .. }
+        | Message::Vcpus { reply, .. }
+        | Message::FitGuest { reply, .. }
+        | Message::Plug { reply, .. }
         | Message::Unplug { reply, .. }
         | Message::Connect { reply, .. }
         | Message::UpdateNetwork { reply, .. } => {
@@ -485,6 +506,7 @@ pub async fn carry_out(
             Ok(resources) => sandbox.update(id, resources).await.map(|()| Reply::Done),
             Err(error) => Err(error),
         },
+        Question::Fit { step, needs } => sandbox.fit(id, step, needs).await.map(Reply::Size),
         Question::Status => sandbox.status(id).await.map(Reply::Status),
         Question::Delete => sandbox.delete(id).await.map(|()| Reply::Done),
     };

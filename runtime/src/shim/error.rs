@@ -20,7 +20,7 @@ use crate::{
     share::ShareError,
     sizing::SizingError,
     state::StateError,
-    update::UpdateError,
+    update::ApplyError,
 };
 
 /// Why a task call failed.
@@ -73,7 +73,7 @@ pub(super) enum TaskError {
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error(transparent)]
-    Update(#[from] UpdateError),
+    Update(#[from] ApplyError),
     #[error("write the guest's specification")]
     Spec(#[source] serde_json::Error),
     #[error("{step}")]
@@ -99,7 +99,10 @@ impl TaskError {
             Self::Nonsense(_) | Self::OtherSandbox(_) | Self::Id(_) | Self::Role(_) => {
                 Code::INVALID_ARGUMENT
             }
-            Self::Bundle(_) | Self::Sizing(_) | Self::Update(_) => Code::INVALID_ARGUMENT,
+            Self::Bundle(_) | Self::Sizing(_) | Self::Update(ApplyError::Update(_)) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Update(ApplyError::Sandbox(error)) => sandbox_code(error),
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Ending => Code::UNAVAILABLE,
             Self::Sandbox(error) => sandbox_code(error),
@@ -125,6 +128,8 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Vmm(_)
         | SandboxError::Stats(_)
         | SandboxError::Table(_)
+        | SandboxError::Growth(_)
+        | SandboxError::NotTaken(_)
         | SandboxError::Streams
         | SandboxError::Ports(_)
         | SandboxError::Told(_)

@@ -36,6 +36,7 @@ use crate::{
     sandbox::{Event, ExecRequest, INIT, Refused, SandboxError},
     state::Status,
     stats::Stats,
+    update,
 };
 
 pub(super) mod create;
@@ -341,19 +342,9 @@ impl Tasks {
         let resources =
             std::str::from_utf8(resources).map_err(|_| TaskError::Nonsense("the resources"))?;
         let mut limits = container.limits.lock().await;
-        let change = limits.change(resources)?;
         let cgroup = self.pod().as_ref().and_then(|pod| pod.cgroup_of(id));
-        let before = match &cgroup {
-            Some(cgroup) => cgroup.change(&change.host)?,
-            None => Vec::new(),
-        };
-        let changed = container.sandbox.update(id, change.guest).await;
-        if let (Err(_), Some(cgroup)) = (&changed, &cgroup) {
-            cgroup.change_back(&before);
-        }
-        changed?;
-        *limits = change.limits;
-        Ok(())
+        let sandbox = &container.sandbox;
+        Ok(update::apply(&mut limits, sandbox, id, cgroup.as_ref(), resources).await?)
     }
 
     /// Waits for a process's end.

@@ -24,7 +24,10 @@ pub const GUEST_CID: u64 = 3;
 
 /// How many devices come before the first network interface: number `n` of the interfaces is device
 /// `NETWORK_DEVICES_FROM + n` of the guest (`virtio-mmio.<number>`).
-pub const NETWORK_DEVICES_FROM: u32 = 3;
+pub const NETWORK_DEVICES_FROM: u32 = MEMORY_DEVICE + 1;
+
+/// The device that memory comes with: `virtio-mmio.<number>`, of no kind until the first [`Request::Memory`].
+pub const MEMORY_DEVICE: u32 = 3;
 
 /// The most network interfaces, spare ones included.
 pub const MAX_NETWORKS: usize = 16;
@@ -63,6 +66,9 @@ pub struct VmSpec {
     pub cmdline: String,
     /// Number of vCPUs, 1 to 32.
     pub vcpus: u8,
+    /// The most vCPUs that [`Request::Vcpus`] may ask for; below `vcpus`: no more than that. The guest boots with `vcpus`.
+    #[serde(default)]
+    pub most_vcpus: u8,
     /// Guest memory, at least 64 MiB.
     pub memory: MemorySpec,
     /// How long the guest may take from its first instruction to its first vsock connection, in milliseconds.
@@ -96,6 +102,9 @@ pub struct VmSpec {
 pub struct MemorySpec {
     /// Size at boot.
     pub size: MiB,
+    /// What it may grow to by [`Request::Memory`]; below `size`: not at all.
+    #[serde(default = "none")]
+    pub most: MiB,
     /// Ask the host for transparent huge pages (five times fewer exits while the guest boots).
     pub huge_pages: bool,
     /// From which nodes of the host it comes; `None`: as for the VMM's parent.
@@ -111,6 +120,10 @@ pub struct MemoryPolicy {
     pub mode: u32,
     /// The host's nodes, 0 to 1023. None: as the mode says.
     pub nodes: Vec<u32>,
+}
+
+const fn none() -> MiB {
+    MiB(0)
 }
 
 /// A directory of the host that the guest can mount by its tag.
@@ -185,6 +198,17 @@ pub enum Request {
         /// As in [`Request::Plug`].
         slot: u8,
     },
+    /// Ask the guest to have so much memory beyond what it booted with. [`Event::Asked`] says that its driver may look for
+    /// the device, [`Event::Memory`] that it has followed, which may be never; [`Event::Failed`] that the host cannot.
+    Memory {
+        /// Rounded up to 2 MiB.
+        extra: MiB,
+    },
+    /// Have so many vCPUs, from the first on; none is ever taken away. Answered by [`Event::Vcpus`] or [`Event::Failed`].
+    Vcpus {
+        /// At most [`VmSpec::most_vcpus`].
+        count: u8,
+    },
     /// Stop all vCPUs; answered by [`Event::Paused`].
     Pause,
     /// Let all vCPUs run again; answered by [`Event::Resumed`].
@@ -214,6 +238,23 @@ pub enum Event {
     Unplugged {
         /// Which.
         slot: u8,
+    },
+    /// The guest has been asked for another size of memory.
+    Asked,
+    /// The guest has as much memory as it was asked to have: told once for each request, before the next one.
+    Memory {
+        /// Beyond what it booted with.
+        extra: MiB,
+    },
+    /// There are so many vCPUs; those that are new wait to be started by the guest.
+    Vcpus {
+        /// How many.
+        count: u8,
+    },
+    /// The host could not do what it was asked last for memory or vCPUs; everything is as before.
+    Failed {
+        /// One line for people.
+        message: String,
     },
     /// All vCPUs are stopped.
     Paused,

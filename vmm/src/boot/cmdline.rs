@@ -25,7 +25,8 @@ const ALWAYS: &[(&str, &str)] = &[
     ),
     (
         "noreplace-smp",
-        "with one vCPU the kernel would patch the lock prefix out of 8,000 places, a page table switch each",
+        "with one vCPU the kernel would patch the lock prefix out of 8,000 places, a page table switch each, and back with the \
+         second",
     ),
 ];
 
@@ -35,13 +36,15 @@ const QUIET: &str = "loglevel=3 earlyprintk=serial,0x3f8,keep";
 /// Words with one.
 const CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1";
 
-/// The command line for devices with these interrupts, in slots of their order.
-pub fn build(interrupts: &[u8], console: bool, extra: &str) -> String {
+/// The command line for devices with these interrupts, in slots of their order. `cpus`: how many of the processors are to
+/// run at boot, if not all.
+pub fn build(interrupts: &[u8], cpus: Option<u8>, console: bool, extra: &str) -> String {
     let mut words: Vec<String> = ALWAYS
         .iter()
         .map(|(word, _reason)| (*word).to_owned())
         .collect();
     words.push(if console { CONSOLE } else { QUIET }.to_owned());
+    words.extend(cpus.map(|cpus| format!("maxcpus={cpus}")));
     for (slot, interrupt) in interrupts.iter().enumerate() {
         let (size, base) = (DEVICE_BYTES >> 10, device_base(slot));
         words.push(format!("virtio_mmio.device={size}K@{base:#x}:{interrupt}"));
@@ -58,13 +61,14 @@ mod tests {
 
     #[test]
     fn devices_are_named_in_order_and_the_owners_words_come_last() {
-        let line = build(&[5, 6], false, "noxsave");
+        let line = build(&[5, 6], None, false, "noxsave");
         assert!(line.contains(
             "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 noxsave"
         ));
         assert!(
             line.ends_with(" noxsave") && line.contains("earlyprintk") && !line.contains("ttyS0")
         );
-        assert!(build(&[], true, "").ends_with("console=ttyS0 8250.nr_uarts=1"));
+        assert!(build(&[], None, true, "").ends_with("console=ttyS0 8250.nr_uarts=1"));
+        assert!(build(&[], Some(2), true, "").ends_with(" maxcpus=2"));
     }
 }

@@ -213,7 +213,11 @@ mod tests {
     use super::*;
 
     fn memory(bytes: usize) -> Mem {
-        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap())
+        Arc::new(
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)])
+                .unwrap()
+                .into(),
+        )
     }
 
     fn file(bytes: &[u8]) -> File {
@@ -264,7 +268,7 @@ mod tests {
     #[test]
     fn the_memory_map_leaves_the_mp_table_out() {
         let ranges = [(GuestAddress(0), 4 << 20), (GuestAddress(1 << 32), 1 << 20)];
-        let mem: Mem = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let mem: Mem = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into());
         let map: Vec<_> = memory_map(&mem, 4 << 20)
             .iter()
             .map(|e| (e.addr, e.size))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::memory::Mem;
+use crate::memory::{Mem, Memory};
 use crate::virtio::queue::QueueState;
 use crate::virtio::{Chain, Queue};
 
@@ -49,7 +49,7 @@ impl Driver {
     #[allow(clippy::unwrap_used, reason = "for tests: a failure is a failed test")]
     pub fn new() -> Self {
         let ranges = [(GuestAddress(0), MEMORY_LEN)];
-        let mem: Mem = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let mem: Mem = Arc::new(Memory::from(GuestMemoryMmap::from_ranges(&ranges).unwrap()));
         let state = QueueState {
             size: ENTRIES,
             ready: true,

@@ -6,6 +6,7 @@ pub mod block;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod driver;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod rng;
 pub mod vsock;

@@ -13,6 +13,8 @@ mod release;
 pub mod state;
 pub mod vcpu;
 
+use std::ops::Range;
+
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
     KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
@@ -25,7 +27,8 @@ use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::Entry;
-use crate::memory::Mem;
+use crate::devices::mem::Slots;
+use crate::memory::{CHUNK_BYTES, Mem};
 use crate::virtio::Page;
 use crate::virtio::transport::Link;
 use ioapic::{MAX_PINS, Message};
@@ -36,6 +39,9 @@ use state::VcpuState;
 const API_VERSION: i32 = 12;
 /// Three pages below the BIOS for Intel's real-mode emulation, out of the way of everything else.
 const TSS_ADDR: usize = 0xfffb_d000;
+
+/// Slots of KVM for chunks of memory that came later; those before are the memory's at boot and the registers'.
+const FIRST_CHUNK_SLOT: u32 = 8;
 
 /// KVM refused something.
 #[derive(Debug, thiserror::Error)]
@@ -182,22 +188,36 @@ impl Vm {
             .map_err(step("route the interrupts"))
     }
 
-    /// `cpus` vCPUs, the first at `entry`, the others waiting to be started by it.
+    /// The vCPUs with these numbers, of `most` that there may be: the first at `entry`, the others waiting to be started by
+    /// it.
     ///
     /// # Errors
     /// [`KvmError`].
-    pub fn vcpus(&self, cpus: u8, entry: Entry) -> Result<Vec<VcpuFd>, KvmError> {
+    pub fn vcpus(&self, ids: Range<u8>, most: u8, entry: Entry) -> Result<Vec<VcpuFd>, KvmError> {
         let supported = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let supported = supported.map_err(step("ask for the supported CPUID"))?;
-        (0..cpus)
-            .map(|id| self.vcpu(id, cpus, supported.as_slice(), entry))
+        ids.map(|id| self.vcpu(id, most, supported.as_slice(), entry))
             .collect()
+    }
+
+    fn set_chunk(&self, chunk: u64, addr: u64, host: Option<u64>) -> Result<(), String> {
+        let memory = kvm_userspace_memory_region {
+            // Chunks are few thousand (`memory::Room`).
+            slot: FIRST_CHUNK_SLOT + u32::try_from(chunk).unwrap_or(u32::MAX - FIRST_CHUNK_SLOT),
+            flags: 0,
+            guest_phys_addr: addr,
+            memory_size: host.map_or(0, |_| CHUNK_BYTES),
+            userspace_addr: host.unwrap_or(0),
+        };
+        // SAFETY: the range is a mapped chunk of the room of `mem` (`Room::chunk`), which is never unmapped and lives as long
+        // as the VM (`self.mem`); or it has no bytes, and the slot is given up.
+        unsafe { self.vm.set_user_memory_region(memory) }.map_err(|error| error.to_string())
     }
 
     fn vcpu(
         &self,
         id: u8,
-        cpus: u8,
+        most: u8,
         supported: &[kvm_bindings::kvm_cpuid_entry2],
         entry: Entry,
     ) -> Result<VcpuFd, KvmError> {
@@ -205,7 +225,7 @@ impl Vm {
             .vm
             .create_vcpu(u64::from(id))
             .map_err(step("create a vCPU"))?;
-        let entries = cpuid::entries(supported, u32::from(id), u32::from(cpus));
+        let entries = cpuid::entries(supported, u32::from(id), u32::from(most));
         let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError {
             step: "list the CPUID entries",
             source: kvm_ioctls::Error::new(libc::E2BIG),
@@ -218,6 +238,16 @@ impl Vm {
             VcpuState::at_entry(reset, entry).apply(&vcpu)?;
         }
         Ok(vcpu)
+    }
+}
+
+impl Slots for Vm {
+    fn give(&self, chunk: u64, addr: u64, host: u64) -> Result<(), String> {
+        self.set_chunk(chunk, addr, Some(host))
+    }
+
+    fn take(&self, chunk: u64, addr: u64) -> Result<(), String> {
+        self.set_chunk(chunk, addr, None)
     }
 }
 

@@ -101,9 +101,10 @@ struct Exits {
 }
 
 /// All vCPU threads.
-#[derive(Debug)]
 pub struct Vcpus {
     gate: Arc<Gate>,
+    surroundings: Surroundings,
+    exits: Exits,
     threads: Vec<(JoinHandle<()>, Kick)>,
 }
 
@@ -114,31 +115,47 @@ impl Vcpus {
     /// No thread or no memory left.
     pub fn start(
         vcpus: Vec<VcpuFd>,
-        surroundings: &Surroundings,
+        surroundings: Surroundings,
         counters: &Counters,
     ) -> io::Result<Self> {
         install_handler()?;
-        let gate = Arc::new(Gate::default());
         let exits = Exits {
             port: counters.register("exits.port"),
             memory: counters.register("exits.memory"),
             interrupted: counters.register("exits.interrupted"),
         };
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let kick = Kick::new(&vcpu)?;
-            let mut runner = Runner {
-                vcpu,
-                gate: gate.clone(),
-                surroundings: surroundings.clone(),
-                exits: exits.clone(),
-            };
-            let thread = Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || runner.run())?;
-            threads.push((thread, kick));
-        }
-        Ok(Self { gate, threads })
+        let mut all = Self {
+            gate: Arc::default(),
+            surroundings,
+            exits,
+            threads: Vec::with_capacity(vcpus.len()),
+        };
+        vcpus.into_iter().try_for_each(|vcpu| all.add(vcpu))?;
+        Ok(all)
+    }
+
+    /// Starts a thread for one more vCPU.
+    ///
+    /// # Errors
+    /// As [`Vcpus::start`].
+    pub fn add(&mut self, vcpu: VcpuFd) -> io::Result<()> {
+        let kick = Kick::new(&vcpu)?;
+        let mut runner = Runner {
+            vcpu,
+            gate: self.gate.clone(),
+            surroundings: self.surroundings.clone(),
+            exits: self.exits.clone(),
+        };
+        let thread = Builder::new()
+            .name(format!("vcpu{}", self.threads.len()))
+            .spawn(move || runner.run())?;
+        self.threads.push((thread, kick));
+        Ok(())
+    }
+
+    /// How many there are: at most 32.
+    pub fn count(&self) -> u8 {
+        u8::try_from(self.threads.len()).unwrap_or(u8::MAX)
     }
 
     /// Returns when all vCPUs are out of the guest and stay out.

@@ -18,11 +18,12 @@ use std::time::Duration;
 
 use caisson_vmm_spec::{Cause, Event, VmSpec};
 
-use crate::boot::{self, BootError, Platform, cmdline};
+use crate::boot::{self, BootError, Entry, Platform, cmdline};
 use crate::bus::{Bus, Router};
 use crate::console::{self, Console, SharedTail};
 use crate::control::Control;
 use crate::counters::Counters;
+use crate::devices::mem::Growth;
 use crate::devices::net::Port;
 use crate::devices::vsock::Dials;
 use crate::ending::{End, Ending};
@@ -87,7 +88,12 @@ fn host(step: &'static str) -> impl FnOnce(io::Error) -> SetupError {
 
 /// A running VM.
 struct Machine {
+    vm: Arc<Vm>,
     vcpus: Vcpus,
+    /// As many as the guest knows of.
+    most_vcpus: u8,
+    entry: Entry,
+    growth: Growth,
     ending: Arc<Ending>,
     counters: Counters,
     bus: Arc<Bus>,
@@ -101,7 +107,7 @@ struct Machine {
 /// KVM as the bus sees it. Keeps the VM's descriptor open: KVM unwires all interrupts when it closes, even while the
 /// vCPUs run.
 struct Wiring {
-    vm: Vm,
+    vm: Arc<Vm>,
     ending: Arc<Ending>,
 }
 
@@ -122,7 +128,7 @@ pub fn run() -> u8 {
     };
     match start(&spec, &mut inherited, &control) {
         Err(error) => finish(Some(&control), &setup_failed(&error), Vec::new()),
-        Ok(machine) => {
+        Ok(mut machine) => {
             let end = machine.serve(&control);
             let tail = machine
                 .tail
@@ -154,6 +160,7 @@ fn start(
     if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
         return Err(SetupError::Value("vcpus must be 1 to 32"));
     }
+    let most_vcpus = spec.most_vcpus.clamp(spec.vcpus, MAX_VCPUS);
     let files = Files::take(spec, inherited)?;
     let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
     let counters = Counters::default();
@@ -161,16 +168,18 @@ fn start(
     let link = Arc::new(OwnerLink::new(control.clone()));
 
     let mem = memory::map(&spec.memory)?;
-    let vm = Vm::new(fds::kvm(files.kvm), &mem)?;
+    let vm = Arc::new(Vm::new(fds::kvm(files.kvm), &mem)?);
     let (console, with_console) = wire_console(&vm, files.console, &tail)?;
 
     let mut rack = Rack::new(&vm, &mem, &ending, &counters, files.devices.count())?;
-    let dials = rack.add_common(&link)?;
+    let (dials, growth) = rack.add_common(&link)?;
     let ports = rack.add_configured(files.devices)?;
     let devices = rack.start()?;
 
     let mut interrupts = rack::interrupts(devices.len());
-    let words = cmdline::build(&interrupts, with_console, &spec.cmdline);
+    let cpus = (most_vcpus > spec.vcpus).then_some(spec.vcpus);
+    let words = cmdline::build(&interrupts, cpus, with_console, &spec.cmdline);
+    interrupts.dedup();
     if with_console {
         interrupts.push(console::IRQ);
     }
@@ -180,14 +189,14 @@ fn start(
         files.boot,
         &Platform {
             words,
-            cpus: spec.vcpus,
+            cpus: most_vcpus,
             interrupts,
         },
     )?;
 
-    let vcpus = vm.vcpus(spec.vcpus, entry)?;
+    let vcpus = vm.vcpus(0..spec.vcpus, most_vcpus, entry)?;
     let wiring = Box::new(Wiring {
-        vm,
+        vm: vm.clone(),
         ending: ending.clone(),
     });
     let bus = Arc::new(Bus::new(console, devices, ioapic, wiring));
@@ -197,11 +206,15 @@ fn start(
         tail: tail.clone(),
     };
     let vcpus =
-        Vcpus::start(vcpus, &surroundings, &counters).map_err(host("start the vCPU threads"))?;
+        Vcpus::start(vcpus, surroundings, &counters).map_err(host("start the vCPU threads"))?;
     let boot_deadline =
         (spec.boot_deadline_ms > 0).then(|| Duration::from_millis(spec.boot_deadline_ms));
     Ok(Machine {
+        vm,
         vcpus,
+        most_vcpus,
+        entry,
+        growth,
         ending,
         counters,
         bus,

@@ -1,8 +1,7 @@
 //! Puts the devices together: each gets a slot on the bus, an interrupt, a worker thread.
 //!
-//! Slots are given in order: the three that every VM has, then networks, spare ones included, disks and shares in the
-//! spec's order. Shares
-//! get a thread each, because they wait for the host's file system; all others share one.
+//! Slots are given in order: the four that every VM has, then networks, spare ones included, disks and shares in the
+//! spec's order. Shares get a thread each, because they wait for the host's file system; all others share one.
 
 use std::error::Error;
 use std::io;
@@ -10,7 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use caisson_vmm_spec::{Event, MAX_NETWORKS, NETWORK_DEVICES_FROM, NetworkKind};
+use caisson_vmm_spec::{
+    Event, MAX_NETWORKS, MEMORY_DEVICE, MiB, NETWORK_DEVICES_FROM, NetworkKind,
+};
 
 use super::files::DeviceFiles;
 use super::{SetupError, host};
@@ -21,6 +22,7 @@ use crate::counters::Counters;
 use crate::devices::balloon::Balloon;
 use crate::devices::block::Block;
 use crate::devices::fs::Fs;
+use crate::devices::mem::{Growth, MemoryDevice};
 use crate::devices::net::{Net, Port, StreamNet};
 use crate::devices::rng::Rng;
 use crate::devices::vsock::muxer::Owner;
@@ -33,17 +35,20 @@ use crate::virtio::worker::Worker;
 use crate::virtio::{Device, Page};
 
 /// The devices of every VM.
-const COMMON_DEVICES: usize = 3;
+const COMMON_DEVICES: usize = 4;
 /// The most devices of a VM.
 const MAX_DEVICES: usize = 64;
 
 /// The interrupts of the first `count` slots: 1 and up, without the console's. The fewer pins the IOAPIC needs, the
-/// fewer exits the guest's boot has.
+/// fewer exits the guest's boot has: the memory device, which has little to say, shares the interrupt of the one before it.
 pub(super) fn interrupts(count: usize) -> Vec<u8> {
-    (1..=u8::MAX)
-        .filter(|irq| *irq != console::IRQ)
-        .take(count.min(MAX_DEVICES))
-        .collect()
+    let mut own = (1..=u8::MAX).filter(|irq| *irq != console::IRQ);
+    let mut all: Vec<u8> = Vec::with_capacity(count.min(MAX_DEVICES));
+    for slot in 0..count.min(MAX_DEVICES) {
+        let shared = all.last().filter(|_| slot == MEMORY_DEVICE as usize);
+        all.extend(shared.copied().or_else(|| own.next()));
+    }
+    all
 }
 
 /// The way to the sandbox's owner, for the socket device.
@@ -68,6 +73,16 @@ impl OwnerLink {
     }
 }
 
+impl OwnerLink {
+    /// The guest has followed a request for memory.
+    fn has_memory(&self, bytes: u64) {
+        // The owner asked for it in MiB: fits.
+        let extra = MiB(u32::try_from(bytes >> 20).unwrap_or(u32::MAX));
+        // An owner that does not read its answers has itself to blame.
+        let _ = self.control.send(&Event::Memory { extra }, None);
+    }
+}
+
 impl Owner for Arc<OwnerLink> {
     fn accepted(&self, port: u32, socket: UnixStream) -> io::Result<()> {
         self.booted.store(true, Ordering::Release);
@@ -80,7 +95,7 @@ impl Owner for Arc<OwnerLink> {
 
 /// Devices on their way onto the bus.
 pub(super) struct Rack<'a> {
-    vm: &'a Vm,
+    vm: &'a Arc<Vm>,
     mem: &'a Mem,
     ending: &'a Arc<Ending>,
     counters: &'a Counters,
@@ -94,7 +109,7 @@ pub(super) struct Rack<'a> {
 impl<'a> Rack<'a> {
     /// An empty rack with room for `configured` devices beside those that every VM has.
     pub(super) fn new(
-        vm: &'a Vm,
+        vm: &'a Arc<Vm>,
         mem: &'a Mem,
         ending: &'a Arc<Ending>,
         counters: &'a Counters,
@@ -119,8 +134,11 @@ impl<'a> Rack<'a> {
         })
     }
 
-    /// The devices of every VM. Returns the way to dial into the guest.
-    pub(super) fn add_common(&mut self, link: &Arc<OwnerLink>) -> Result<Arc<Dials>, SetupError> {
+    /// The devices of every VM. Returns the way to dial into the guest, and the guest's growth.
+    pub(super) fn add_common(
+        &mut self,
+        link: &Arc<OwnerLink>,
+    ) -> Result<(Arc<Dials>, Growth), SetupError> {
         let dials = Arc::new(Dials::new().map_err(host("make an eventfd"))?);
         let owner = Box::new(link.clone());
         self.add(Box::new(Vsock::new(
@@ -131,7 +149,12 @@ impl<'a> Rack<'a> {
         )))?;
         self.add(Box::new(Rng::new(self.mem)))?;
         self.add(Box::new(Balloon::new(self.mem, self.counters)))?;
-        Ok(dials)
+        let owner = link.clone();
+        let tell = Box::new(move |bytes| owner.has_memory(bytes));
+        let growth = Growth::new(self.mem, self.vm.clone(), tell);
+        debug_assert_eq!(self.transports.len(), MEMORY_DEVICE as usize);
+        self.add(Box::new(MemoryDevice::new(growth.clone(), self.counters)))?;
+        Ok((dials, growth))
     }
 
     /// The devices that the spec asks for.
@@ -244,7 +267,7 @@ mod tests {
 
     #[test]
     fn interrupts_are_dense_and_leave_the_consoles_alone() {
-        assert_eq!(interrupts(6), [1, 2, 3, 5, 6, 7]);
+        assert_eq!(interrupts(7), [1, 2, 3, 3, 5, 6, 7]);
         assert_eq!(interrupts(MAX_DEVICES + 9).len(), MAX_DEVICES);
     }
 }

@@ -5,13 +5,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use caisson_vmm_spec::{Cause, Event, NETWORK_DEVICES_FROM, Request};
+use caisson_vmm_spec::{Cause, Event, MEMORY_DEVICE, MiB, NETWORK_DEVICES_FROM, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Machine, one_line};
 use crate::control::{Control, ControlError, Heard};
+use crate::devices::mem::VIRTIO_ID_MEM;
 use crate::devices::net::{Port, VIRTIO_ID_NET};
 use crate::ending::End;
+use crate::virtio::line::Reason;
 use crate::virtio::transport::Transport;
 
 fn stopped(message: &str) -> End {
@@ -23,7 +25,7 @@ fn stopped(message: &str) -> End {
 
 impl Machine {
     /// Serves the owner until the VM ends.
-    pub(super) fn serve(&self, control: &Control) -> End {
+    pub(super) fn serve(&mut self, control: &Control) -> End {
         let mut deadline = self.boot_deadline.map(|limit| Instant::now() + limit);
         loop {
             if self.link.has_booted() {
@@ -76,7 +78,7 @@ impl Machine {
         }
     }
 
-    fn hear(&self, control: &Control) -> Option<End> {
+    fn hear(&mut self, control: &Control) -> Option<End> {
         match control.receive() {
             Ok(Heard::Nothing) => None,
             Ok(Heard::Closed) => Some(stopped("the owner is gone")),
@@ -96,7 +98,7 @@ impl Machine {
         }
     }
 
-    fn obey(&self, request: Request, fds: Vec<OwnedFd>, control: &Control) {
+    fn obey(&mut self, request: Request, fds: Vec<OwnedFd>, control: &Control) {
         let mut fds = fds.into_iter();
         let answer = match request {
             Request::Connect { port } => {
@@ -123,6 +125,11 @@ impl Machine {
                 }
                 Event::Unplugged { slot }
             }
+            Request::Memory { extra } => self.ask_for_memory(extra),
+            Request::Vcpus { count } => match self.add_vcpus(count) {
+                Ok(count) => Event::Vcpus { count },
+                Err(message) => Event::Failed { message },
+            },
             Request::Pause => {
                 self.vcpus.pause();
                 Event::Paused
@@ -138,6 +145,46 @@ impl Machine {
         };
         // An owner that does not read its answers has itself to blame.
         let _ = control.send(&answer, None);
+    }
+
+    fn ask_for_memory(&self, extra: MiB) -> Event {
+        let Some(device) = self.bus.devices().get(MEMORY_DEVICE as usize) else {
+            let message = "there is no memory device".to_owned();
+            return Event::Failed { message };
+        };
+        let asked = self.growth.ask(extra.bytes());
+        let asked = asked.map_err(|error| one_line(&error)).and_then(|()| {
+            let mut ports = self.ports.iter();
+            ports
+                .try_for_each(|port| port.memory_changed())
+                .map_err(|error| one_line(&error))
+        });
+        match asked {
+            Err(message) => Event::Failed { message },
+            Ok(()) => {
+                if !device.is(VIRTIO_ID_MEM) {
+                    device.replace(VIRTIO_ID_MEM);
+                }
+                device.link().line.raise(Reason::Config);
+                Event::Asked
+            }
+        }
+    }
+
+    /// How many there are then.
+    fn add_vcpus(&mut self, count: u8) -> Result<u8, String> {
+        if count > self.most_vcpus {
+            return Err(format!("there may be {} vCPUs at most", self.most_vcpus));
+        }
+        let ids = self.vcpus.count()..count;
+        if !ids.is_empty() {
+            let new = self.vm.vcpus(ids, self.most_vcpus, self.entry);
+            for vcpu in new.map_err(|error| one_line(&error))? {
+                let added = self.vcpus.add(vcpu);
+                added.map_err(|error| format!("start a vCPU's thread: {error}"))?;
+            }
+        }
+        Ok(self.vcpus.count())
     }
 
     fn network(&self, slot: u8) -> Option<(&Port, &Transport)> {

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::GuestFault;
 use super::slice::{At, GuestSlice, read_into, write_from};
@@ -41,8 +41,8 @@ impl Descriptor {
             .checked_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES));
         let mut raw = [0; DESCRIPTOR_BYTES as usize];
         let at = at.ok_or_else(|| outside.clone())?;
-        mem.read_slice(&mut raw, GuestAddress(at))
-            .map_err(|_| outside)?;
+        let entry = GuestSlice::resolve(mem, GuestAddress(at), raw.len()).ok_or(outside)?;
+        entry.copy_to(&mut raw);
         let [a, b, c, d, e, f, g, h, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
         Ok(Self {
             addr: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
@@ -270,9 +270,10 @@ fn parts(slices: &[GuestSlice], offset: usize, len: usize) -> impl Iterator<Item
 mod tests {
     use std::sync::Arc;
 
-    use vm_memory::GuestMemoryMmap;
+    use vm_memory::{Bytes, GuestMemoryMmap};
 
     use super::*;
+    use crate::memory::Memory;
 
     /// Address, length, flags, next.
     type Entry = (u64, u32, u16, u16);
@@ -282,7 +283,9 @@ mod tests {
     const INDIRECT: u16 = 4;
 
     fn memory() -> Mem {
-        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap())
+        Arc::new(Memory::from(
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap(),
+        ))
     }
 
     fn put(mem: &Mem, table: u64, index: u64, (addr, len, flags, next): Entry) {

@@ -109,6 +109,11 @@ impl Registers {
         was_active
     }
 
+    /// What kind of device it is.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
     /// What the driver has set so far.
     pub fn state(&self) -> &RegisterState {
         &self.state

@@ -36,9 +36,9 @@ pub struct GuestSlice {
 unsafe impl Send for GuestSlice {}
 
 impl GuestSlice {
-    /// The host memory behind `len` bytes at `addr`; `None` unless all of it is RAM of one region.
+    /// The host memory behind `len` bytes at `addr`; `None` unless all of it is RAM of one region, plugged if it came later.
     pub fn resolve(mem: &Mem, addr: GuestAddress, len: usize) -> Option<Self> {
-        let region = mem.find_region(addr)?;
+        let region = mem.find_region(addr).filter(|_| mem.holds(addr, len))?;
         let offset = MemoryRegionAddress(addr.checked_offset_from(region.start_addr())?);
         let slice = region.get_slice(offset, len).ok()?;
         Some(Self {

@@ -95,6 +95,15 @@ impl Transport {
         &self.link
     }
 
+    /// Whether it is a device of that kind now.
+    pub fn is(&self, id: u32) -> bool {
+        self.registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .id()
+            == id
+    }
+
     /// A write by a vCPU at `offset` from the device's base.
     pub fn write(&self, offset: u32, data: &[u8]) {
         match (offset, data.try_into().map(u32::from_le_bytes)) {

@@ -21,7 +21,7 @@ use crate::{
     monitor::HostHooks,
     network::{Connections, Following, Network, follow_in_background},
     rootless::Rootless,
-    sandbox::{Activation, CreateRequest, INIT, Sandbox},
+    sandbox::{Activation, CreateRequest, INIT, Sandbox, Step},
     share::Share,
     shim::{
         container::{Container, Hooks},
@@ -32,7 +32,7 @@ use crate::{
         stdio::{Files, Flowing, Paths},
         ticket::Ticket,
     },
-    sizing::{self, Host, VmSize},
+    sizing::{self, Bounds, Host, VmSize},
     state::{ContainerId, State, Status, timestamp},
     update::Limits,
 };
@@ -47,7 +47,7 @@ pub(crate) struct Pod {
     pub(super) share: Share,
     /// Its directory; `None` if there may be none (`rootless`).
     cgroup: Option<PathBuf>,
-    size: VmSize,
+    bounds: Bounds,
     role: Role,
     /// The pid in the guest of the first container's init, which holds the namespaces of a pod.
     holder: u32,
@@ -129,13 +129,21 @@ impl Tasks {
             (Role::Member { sandbox }, _) => return Err(TaskError::OtherSandbox(sandbox.clone())),
             (_, Some(_)) => return Err(TaskError::OtherSandbox(wanted.id.to_string())),
         };
+        let limits = Limits::new(&wanted.bundle.spec, pod.bounds);
+        // A limit is no claim: a machine that cannot get so large is shared by those who are in it.
+        for step in [Step::Grow, Step::Settle] {
+            let _ = pod
+                .sandbox
+                .fit(wanted.id.as_str(), step, limits.needs())
+                .await;
+        }
         let container = Container::new(
             request.bundle.clone(),
             pod.sandbox.clone(),
             init,
             wanted.rootfs,
             wanted.hooks,
-            Limits::new(&wanted.bundle.spec, pod.size),
+            limits,
         );
         Ok((container, flowing))
     }
@@ -149,7 +157,9 @@ impl Tasks {
             Role::Sandbox => pod::summed_up(&bundle.spec),
             _ => bundle.spec.clone(),
         };
-        let size = sizing::size(&sized, bundle.vm.as_ref(), config, Host::detect())?;
+        let host_has = Host::detect();
+        let size = sizing::size(&sized, bundle.vm.as_ref(), config, host_has)?;
+        let bounds = Bounds::of(size, config, host_has);
         let lock = locked(&bundle.path)?;
         let cgroup = wanted.cgroup(&sized, size)?;
         let mut part = wanted.part();
@@ -164,7 +174,7 @@ impl Tasks {
             dir: &bundle.path,
             config,
             vm: bundle.vm.as_ref(),
-            size,
+            bounds,
             memory_policy: bundle.memory_policy(),
             share: &share,
             cgroup: cgroup.as_ref(),
@@ -173,7 +183,7 @@ impl Tasks {
         }
         .start()?;
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
-        let sandbox = booting.ready().await?.spawn();
+        let sandbox = booting.ready().await?.spawn(bounds);
         part.network = network.as_ref().map(Network::whole).unwrap_or_default();
         match wanted.set_up(init, &sandbox, &share, part, streams).await {
             Ok(Created { flowing, guest_pid }) => {
@@ -184,7 +194,7 @@ impl Tasks {
                     sandbox,
                     share,
                     cgroup: cgroup.map(HostCgroup::keep),
-                    size,
+                    bounds,
                     role: wanted.role.clone(),
                     holder: guest_pid,
                     _lock: lock,

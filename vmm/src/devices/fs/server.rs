@@ -11,6 +11,7 @@
 //! Spec: virtio 1.2, 5.11; the FUSE protocol is 7.38 of `include/uapi/linux/fuse.h`.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_queue::DescriptorChain;
 use virtiofsd::Error;
@@ -37,7 +38,10 @@ const RESERVED_DESCRIPTORS: u64 = 256;
 pub(super) struct FsServer {
     guard: Guard,
     server: Server<Guard>,
+    mem: Mem,
     view: View,
+    /// With the memory that came later; made anew when there is more of it.
+    grown: Mutex<Option<Arc<View>>>,
 }
 
 impl FsServer {
@@ -66,7 +70,9 @@ impl FsServer {
         Ok(Self {
             server: Server::new(guard.clone()),
             guard,
+            mem: mem.clone(),
             view,
+            grown: Mutex::default(),
         })
     }
 
@@ -84,8 +90,10 @@ impl FsServer {
     /// [`GuestFault`]: see the file header.
     pub(super) fn request(&self, chain: DescriptorChain<Mem>) -> Result<u32, GuestFault> {
         let outside = |_| GuestFault::Chain("a buffer is not in guest memory");
-        let reader = Reader::new(self.view.memory(), chain.clone()).map_err(outside)?;
-        let writer = Writer::new(self.view.memory(), chain).map_err(outside)?;
+        let grown = self.grown(&chain)?;
+        let memory = grown.as_deref().unwrap_or(&self.view).memory();
+        let reader = Reader::new(memory, chain.clone()).map_err(outside)?;
+        let writer = Writer::new(memory, chain).map_err(outside)?;
         // These lengths belong to the slices that reader and writer keep: the guest cannot change them any more.
         let (request, reply) = (reader.available_bytes(), writer.available_bytes());
         if reply < REPLY_HEADER_BYTES {
@@ -106,6 +114,28 @@ impl FsServer {
             .map_err(fault)?;
         // At most MAX_BYTES, which was checked above; a server that says more is not believed.
         Ok(u32::try_from(written.min(reply)).unwrap_or(0))
+    }
+
+    /// The view for a guest that has got memory since it booted, once the chain has been looked at: all of its buffers are
+    /// plugged. A guest that changes the chain after that look reaches memory that was its own until now, and no other.
+    fn grown(&self, chain: &DescriptorChain<Mem>) -> Result<Option<Arc<View>>, GuestFault> {
+        let reach = self.mem.room().reach();
+        if reach == 0 {
+            return Ok(None);
+        }
+        let outside = GuestFault::Chain("a buffer is not in guest memory");
+        // A u32 fits into a usize on x86-64.
+        if !chain
+            .clone()
+            .all(|buffer| self.mem.holds(buffer.addr(), buffer.len() as usize))
+        {
+            return Err(outside);
+        }
+        let mut grown = self.grown.lock().unwrap_or_else(PoisonError::into_inner);
+        if grown.as_ref().is_none_or(|view| view.reach() < reach) {
+            *grown = View::of(&self.mem).map(Arc::new);
+        }
+        grown.clone().map(Some).ok_or(outside)
     }
 
     /// Forgets everything that the guest opened and looked up.

@@ -1,7 +1,7 @@
 //! Guest memory as virtiofsd wants to see it: the same mapping under the bitmap type that its reader and writer name.
 //!
-//! Contract: built once per device; every byte reachable through the view is guest RAM of the [`Mem`] that the view
-//! keeps alive. The view has no dirty log: whoever snapshots memory by dirty bits must take the request buffers of
+//! Contract: every byte reachable through the view is mapped memory of the [`Mem`] that the view keeps alive; as far as it
+//! came while the guest ran ([`View::reach`]) it may be unplugged meanwhile, which is for the caller to look at first. The view has no dirty log: whoever snapshots memory by dirty bits must take the request buffers of
 //! this device as dirty.
 #![allow(
     unsafe_code,
@@ -21,6 +21,7 @@ pub(super) type Viewed = GuestMemoryMmap<BitmapMmapRegion>;
 #[derive(Debug)]
 pub(super) struct View {
     viewed: Viewed,
+    reach: u64,
     /// Owns the mapping that `viewed` points into; dropped after it.
     _owner: Mem,
 }
@@ -28,13 +29,14 @@ pub(super) struct View {
 impl View {
     /// Maps nothing: points into `mem`. `None` if vm-memory refuses what it has itself made.
     pub(super) fn of(mem: &Mem) -> Option<Self> {
+        let reach = mem.room().reach();
         let regions = mem.iter().map(|region| {
             let builder = MmapRegionBuilder::new_with_bitmap(
-                region.len().try_into().ok()?,
+                mem.mapped(region).try_into().ok()?,
                 BitmapMmapRegion::default(),
             );
-            // SAFETY: the pointer and the length are those of a live mapping of `mem`, page-aligned as mmap made it,
-            // and `_owner` keeps it mapped for as long as the view exists.
+            // SAFETY: the pointer and the length are those of a live mapping of `mem`, page-aligned as mmap made it, or of
+            // as much of the room as is mapped; `_owner` keeps it mapped for as long as the view exists.
             let builder = unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) };
             let mapping = builder
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -46,8 +48,14 @@ impl View {
         let viewed = Viewed::from_regions(regions.collect::<Option<_>>()?).ok()?;
         Some(Self {
             viewed,
+            reach,
             _owner: mem.clone(),
         })
+    }
+
+    /// How much of the room it shows.
+    pub(super) fn reach(&self) -> u64 {
+        self.reach
     }
 
     /// The memory, for `Reader::new` and `Writer::new`.
@@ -63,6 +71,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::memory::Memory;
 
     #[test]
     fn the_view_shows_the_same_bytes_and_outlives_other_owners() {
@@ -70,7 +79,7 @@ mod tests {
             (GuestAddress(0), 0x10000),
             (GuestAddress(0x10_0000), 0x1000),
         ];
-        let mem: Mem = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let mem: Mem = Arc::new(Memory::from(GuestMemoryMmap::from_ranges(&ranges).unwrap()));
         let view = View::of(&mem).unwrap();
         mem.write_slice(b"one mapping", GuestAddress(0x10_0010))
             .unwrap();

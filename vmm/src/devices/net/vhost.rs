@@ -220,7 +220,7 @@ fn table(mem: &Mem) -> Vec<VhostUserMemoryRegionInfo> {
     mem.iter()
         .map(|region| VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
+            memory_size: mem.mapped(region),
             userspace_addr: region.as_ptr() as u64,
             ..VhostUserMemoryRegionInfo::default()
         })
@@ -249,6 +249,7 @@ mod tests {
     fn the_kernel_is_told_of_all_guest_memory_and_nothing_else() {
         let spec = MemorySpec {
             size: MiB(5 << 10),
+            most: MiB(6 << 10),
             huge_pages: false,
             policy: None,
         };
@@ -263,6 +264,10 @@ mod tests {
             .get_host_address(GuestAddress(memory::HIGH_START))
             .unwrap();
         assert_eq!(table[1].userspace_addr, host as u64);
+        mem.room().reach_to(1).unwrap();
+        let grown = super::table(&mem);
+        assert_eq!(grown[2].guest_phys_addr, mem.room().start());
+        assert_eq!(grown[2].memory_size, memory::CHUNK_BYTES);
     }
 
     #[test]

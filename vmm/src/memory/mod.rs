@@ -1,10 +1,12 @@
 //! Guest memory: where RAM lies in the guest's address space and how it is mapped on the host.
 //!
 //! Contract: private anonymous memory, zero, without swap reservation; RAM below [`MMIO_START`] first, what does not
-//! fit there from 4 GiB up. The mapping lives as long as any clone of [`Mem`], and never moves or shrinks: code may
-//! keep host pointers into it as long as it keeps a [`Mem`]. With huge pages, host and guest addresses agree modulo 2 MiB,
-//! else KVM could not map a huge page as one.
+//! fit there from 4 GiB up, and above it [`Room`] for memory that comes later (`room.rs`). The mapping lives as long as any
+//! clone of [`Mem`], and never moves or shrinks: code may keep host pointers into it as long as it keeps a [`Mem`]. With
+//! huge pages, host and guest addresses agree modulo 2 MiB, else KVM could not map a huge page as one.
 #![allow(unsafe_code, reason = "mmap, madvise and set_mempolicy")]
+
+mod room;
 
 use std::io;
 use std::ptr;
@@ -12,10 +14,64 @@ use std::sync::Arc;
 
 use caisson_vmm_spec::{MemoryPolicy, MemorySpec};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap,
+};
+
+pub use room::{BLOCK_BYTES, CHUNK_BLOCKS, CHUNK_BYTES, Room};
 
 /// Guest memory, shared by every thread of the VM. One kind of memory, no type parameter.
-pub type Mem = Arc<GuestMemoryMmap>;
+pub type Mem = Arc<Memory>;
+
+/// All memory of a guest: what it boots with, and what it has got since.
+#[derive(Debug)]
+pub struct Memory {
+    boot: GuestMemoryMmap,
+    room: Room,
+}
+
+impl Memory {
+    /// Where memory comes and goes.
+    pub fn room(&self) -> &Room {
+        &self.room
+    }
+
+    /// How much of a region, from its start, is mapped.
+    pub fn mapped(&self, region: &GuestRegionMmap) -> u64 {
+        if region.start_addr().0 == self.room.start() {
+            self.room.reach()
+        } else {
+            region.len()
+        }
+    }
+
+    /// Whether all of a range that begins in guest memory is that: a range in the room must be plugged to its end. That a
+    /// range elsewhere does not leave its region is for the region to say.
+    pub fn holds(&self, addr: GuestAddress, len: usize) -> bool {
+        addr.0 < self.room.start() || self.room.covers(addr, len)
+    }
+}
+
+/// Memory without room.
+impl From<GuestMemoryMmap> for Memory {
+    fn from(boot: GuestMemoryMmap) -> Self {
+        let room = Room::above(u64::from(u32::MAX), 0, false);
+        Self { boot, room }
+    }
+}
+
+impl GuestMemory for Memory {
+    type R = GuestRegionMmap;
+
+    fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
+        self.boot.find_region(addr).or_else(|| self.room.find(addr))
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Self::R> {
+        self.boot.iter().chain(self.room.region())
+    }
+}
 
 /// Start of the hole for devices, below 4 GiB; RAM never lies in it.
 pub const MMIO_START: u64 = 0xd000_0000;
@@ -100,9 +156,10 @@ pub fn map(spec: &MemorySpec) -> Result<Mem, MemoryError> {
         .into_iter()
         .map(|(start, len)| map_range(start, len, spec.huge_pages))
         .collect::<Result<_, _>>()?;
-    GuestMemoryMmap::from_regions(regions)
-        .map(Arc::new)
-        .map_err(MemoryError::Layout)
+    Ok(Arc::new(Memory {
+        boot: GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?,
+        room: Room::above(bytes, spec.most.bytes(), spec.huge_pages),
+    }))
 }
 
 fn map_range(start: GuestAddress, bytes: u64, huge: bool) -> Result<GuestRegionMmap, MemoryError> {
@@ -158,6 +215,7 @@ mod tests {
     fn memory_is_zero_writable_and_aligned_for_huge_pages() {
         let mem = map(&MemorySpec {
             size: MiB(64),
+            most: MiB(256),
             huge_pages: true,
             policy: None,
         })
@@ -175,6 +233,7 @@ mod tests {
     fn too_little_memory_is_refused() {
         let spec = MemorySpec {
             size: MiB(63),
+            most: MiB(0),
             huge_pages: false,
             policy: None,
         };
