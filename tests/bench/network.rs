@@ -208,8 +208,8 @@ fn microvm(place: &Place, vhost: bool) -> io::Result<Child> {
         "ip -n {NAMESPACE} -o link show eth0 | sed 's/.*ether \\([^ ]*\\) .*/\\1/'"
     ))?;
     let script = "mkdir -p n/bin n/dev; cp bundle/rootfs/bin/busybox bundle/rootfs/bin/net-cost n/bin/; \
-        printf '#!/bin/busybox sh\\nb=/bin/busybox\\n$b ip link set lo up\\n$b ip addr add 10.79.0.2/24 dev eth0\\n\
-        $b ip link set eth0 up\\nexec /bin/net-cost 7777\\n' > n/init; \
+        printf '#!/bin/busybox sh\\nb=/bin/busybox\\n$b mount -t devtmpfs none /dev\\n$b ip addr add 10.79.0.2/24 dev eth0\\n\
+        $b ip link set eth0 up\\nexec /bin/net-cost 7777 </dev/null >/dev/null 2>&1\\n' > n/init; \
         chmod +x n/init; cd n; find . | busybox cpio -o -H newc > ../network.cpio";
     sh(&format!("cd {}; {script}", place.dir.display()))?;
     let vhost = if vhost { "on" } else { "off" };
