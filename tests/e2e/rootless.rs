@@ -273,15 +273,15 @@ fn allowing(case: &Case, keys: &str) -> std::path::PathBuf {
     case.configured("allowed_annotations", keys)
 }
 
+/// The client keeps its sending half open: Debian 12's passt forgets a connection whose client closes that first.
 #[test]
 fn the_container_reaches_what_the_user_reaches() {
     let case = Case::begin();
     let user = User::of(&case);
     let _world = World::new(&case);
     let bundle = user.bundle().script(
-        "for address in 10.78.0.1 fd78::1; do \
-           i=0; until nc -w 5 $address 7000 < /dev/null; do i=$((i + 1)); [ $i -lt 20 ] || exit 1; sleep 0.2; done; \
-         done; ip -4 -o addr show | tr -s ' ' | cut -d ' ' -f 2,4; ip route | head -n 1 | cut -d ' ' -f 1-3",
+        "for address in 10.78.0.1 fd78::1; do sleep 5 | nc -w 20 $address 7000; done; \
+         ip -4 -o addr show | tr -s ' ' | cut -d ' ' -f 2,4; ip route | head -n 1 | cut -d ' ' -f 1-3",
     );
     let outcome = user.run(&bundle).limit(SLOWLY).succeed();
     let text = outcome.text();
@@ -343,7 +343,7 @@ fn the_hosts_loopback_is_out_of_reach_unless_it_is_asked_for() {
     });
     let bundle = user
         .bundle()
-        .script("timeout 20 nc -w 10 10.78.0.1 7078 < /dev/null");
+        .script("sleep 5 | timeout 20 nc -w 10 10.78.0.1 7078");
     let run = |bundle: &Bundle| user.run(bundle).env("CAISSON_CONFIG", &config).finish();
     let outcome = run(&bundle);
     assert!(
