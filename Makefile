@@ -90,21 +90,12 @@ systemd: build lab ## Run the tests of --systemd-cgroup; ARGS chooses tests
 	LAB=$(CURDIR)/$(LAB) tests/run systemd $(ARGS)
 
 # What a host with cgroup v1 makes different; on a lab that mounts its hierarchies.
-CGROUP_V1 ?= host:: resources::
 .PHONY: cgroup-v1
-cgroup-v1: build lab ## Run the tests that touch the host's cgroups with cgroup v1, in the lab, on runc and on caisson; ARGS chooses others
-	cargo test --release -p caisson-tests --test e2e --no-run
-	$(LAB) down
-	$(LAB) up --smp 1 --image legacy --cgroup v1
-	program=$$(ls -t $(RELEASE)/deps/e2e-* | grep -v '\.d$$' | head -n 1); \
-	for runtime in runc caisson; do \
-	  $(LAB) exec -t 2400 -e RUNTIME=$$runtime -e CAISSON_TEST_BULK_MIB=16 -- \
-	    $(CURDIR)/$$program --test-threads=1 $(if $(ARGS),$(ARGS),$(CGROUP_V1)); \
-	done
-	$(LAB) down
+cgroup-v1: build lab ## Run the tests that touch the host's cgroups with cgroup v1; ARGS chooses others
+	LAB=$(CURDIR)/$(LAB) tests/run cgroup-v1 $(or $(ARGS),host:: resources::)
 
 .PHONY: test
-test: lint unit e2e systemd containerd ## Build and pass all tests (`make engines` has those with podman and Docker)
+test: lint unit e2e cgroup-v1 systemd containerd ## Build and pass all tests (`make engines` has those with podman and Docker)
 
 .PHONY: demo
 demo: build lab ## Run a real container: a Debian root file system, Python, SQLite
