@@ -215,9 +215,10 @@ fn set_backend(device: &OwnedFd, index: usize, tap: Option<BorrowedFd<'_>>) -> i
     }
 }
 
-/// Guest memory as the kernel is told of it.
+/// Guest memory as the kernel is told of it, which refuses an empty range: room that nobody has asked for yet.
 fn table(mem: &Mem) -> Vec<VhostUserMemoryRegionInfo> {
     mem.iter()
+        .filter(|region| mem.mapped(region) > 0)
         .map(|region| VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: mem.mapped(region),
