@@ -78,12 +78,15 @@ engines: build lab ## Run the tests with podman and Docker; ARGS chooses tests
 	tests/engines/rootfs target/server.tar
 	LAB=$(CURDIR)/$(LAB) CAISSON_TEST_SERVER_ROOTFS=$(CURDIR)/target/server.tar tests/run engines $(ARGS)
 
-# 200 cycles of pods take an hour on an emulated processor.
+# 200 cycles of pods take an hour on an emulated processor. The kubelet's cgroup driver is cgroupfs, then, for those tests
+# that are about cgroups and ends, systemd.
+SYSTEMD_TESTS := cri_systemd bootstrap stats_count limits_change oom_killed init_container started_anew cri_deaths
 POD_CYCLES ?= 10
 PODS ?= 8
 .PHONY: containerd
 containerd: build lab ## Run the tests under containerd; ARGS chooses tests, POD_CYCLES and PODS say how many
 	LAB=$(CURDIR)/$(LAB) CAISSON_TEST_POD_CYCLES=$(POD_CYCLES) CAISSON_TEST_PODS=$(PODS) tests/run containerd $(ARGS)
+	LAB=$(CURDIR)/$(LAB) CAISSON_TEST_POD_CYCLES=2 CAISSON_TEST_CGROUPS=systemd tests/run containerd $(or $(ARGS),$(SYSTEMD_TESTS))
 
 .PHONY: systemd
 systemd: build lab ## Run the tests of --systemd-cgroup; ARGS chooses tests

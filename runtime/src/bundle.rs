@@ -140,6 +140,13 @@ impl Bundle {
         memory_policy::of(&self.spec).ok().flatten()
     }
 
+    /// Where its cgroup is to be.
+    pub fn cgroups_path(&self) -> Option<&Path> {
+        let linux = self.spec.linux().as_ref()?;
+        let path = linux.cgroups_path().as_deref()?;
+        Some(path).filter(|path| !path.as_os_str().is_empty())
+    }
+
     /// Loads and checks the bundle in a directory.
     pub fn load(path: &Path, config: &Config) -> Result<Self, BundleError> {
         let bundle = Self::read(path, config, Place::Alone)?;

@@ -149,6 +149,11 @@ pub fn limits_of_change(change: &LinuxResources, all: &LinuxResources, size: VmS
     limits::of_change(change, all, size)
 }
 
+/// Whether a `cgroupsPath` is in the form that systemd's cgroups have: it means nothing else.
+pub fn is_unit_path(asked: &Path) -> bool {
+    scope::is_unit_path(asked)
+}
+
 /// How a caller wants cgroups made.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Terms {
@@ -396,6 +401,19 @@ impl HostCgroup {
         }
         self.write("cgroup.procs", "0")
             .map_err(|source| self.failed("join", source))
+    }
+
+    /// Takes this process out of the scope that it was needed for to make it, once another process is there.
+    pub fn leave(&self) -> Result<(), CgroupError> {
+        let Some(way_back) = &self.way_back else {
+            return Ok(());
+        };
+        let failed = |source| CgroupError::Io {
+            step: "go back to",
+            path: way_back.clone(),
+            source,
+        };
+        write_existing(&way_back.join("cgroup.procs"), "0").map_err(failed)
     }
 
     /// It stays when the value is dropped. Returns its directory.

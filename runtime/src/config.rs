@@ -174,9 +174,14 @@ impl Config {
     pub fn load() -> Result<Self, ConfigError> {
         let named = env::var_os(PATH_VARIABLE).filter(|path| !path.is_empty());
         match named {
-            Some(path) => Self::read(Path::new(&path), false),
+            Some(path) => Self::load_from(Path::new(&path)),
             None => Self::read(Path::new(DEFAULT_PATH), true),
         }
+    }
+
+    /// Reads a file that must exist, and the drop-ins beside it.
+    pub fn load_from(path: &Path) -> Result<Self, ConfigError> {
+        Self::read(path, false)
     }
 
     fn read(path: &Path, may_be_absent: bool) -> Result<Self, ConfigError> {

@@ -107,7 +107,7 @@ impl<'c> Daemon<'c> {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .expect("containerd is not installed: use the lab's image `engines`");
+            .expect("containerd is not installed: use the lab's image `systemd`");
         let log = BufReader::new(child.stderr.take().expect("stderr"));
         let mut file = append(&dir.join("containerd.log"));
         let (tell, told) = mpsc::channel();

@@ -29,6 +29,9 @@ const CALL: Duration = Duration::from_secs(150);
 /// How long a container may take to end.
 const END: Duration = Duration::from_secs(120);
 
+/// The slice in which systemd has all pods, where it makes their cgroups.
+const PODS: &str = "kubepods.slice";
+
 /// The pods' bridge on the host.
 const BRIDGE: &str = "cni-test";
 
@@ -68,6 +71,31 @@ fn make_directories() {
     ] {
         fs::create_dir_all(dir).expect("directory");
     }
+    if by_systemd() {
+        // systemd keeps it after its first transient unit.
+        fs::create_dir_all("/run/systemd/transient").expect("directory");
+    }
+}
+
+/// Whether the kubelet's cgroup driver is systemd: its default. Else it is cgroupfs.
+pub(crate) fn by_systemd() -> bool {
+    std::env::var("CAISSON_TEST_CGROUPS").is_ok_and(|driver| driver == "systemd")
+}
+
+/// A pod's cgroup, as the kubelet names it to the CRI.
+fn pod_group(name: &str) -> String {
+    match by_systemd() {
+        true => {
+            let name = name.replace('-', "_");
+            format!("/{PODS}/kubepods-besteffort.slice/kubepods-besteffort-pod{name}.slice")
+        }
+        false => format!("/pods/{name}"),
+    }
+}
+
+fn systemctl(verb: &str, unit: &str) {
+    let done = Command::new("systemctl").args([verb, unit]).status();
+    assert!(done.expect("systemctl").success(), "{verb} {unit}");
 }
 
 impl<'c> Kubelet<'c> {
@@ -126,7 +154,7 @@ impl<'c> Kubelet<'c> {
                 options: vec!["ndots:5".to_owned()],
             }),
             linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: format!("/pods/{name}"),
+                cgroup_parent: pod_group(name),
                 security_context: Some(LinuxSandboxSecurityContext {
                     namespace_options: Some(namespaces()),
                     ..Default::default()
@@ -256,6 +284,9 @@ impl Drop for Kubelet<'_> {
                 eprintln!("pod {}: {error}", pod.id);
             }
         }
+        if by_systemd() {
+            systemctl("stop", PODS);
+        }
         for pod in fs::read_dir(group("/pods")).into_iter().flatten().flatten() {
             // Files of a cgroup are not entries to remove.
             let _ = fs::remove_dir(pod.path());
@@ -360,7 +391,11 @@ impl Pod<'_> {
 /// Runs a pod with the runtime under test and answers with its name.
 pub(crate) fn run(cri: &Cri, config: PodSandboxConfig) -> Result<String, Status> {
     let parent = config.linux.as_ref().map(|linux| &linux.cgroup_parent);
-    fs::create_dir_all(group(parent.expect("cgroup_parent"))).expect("cgroup");
+    let parent = parent.expect("cgroup_parent");
+    match by_systemd() {
+        true => systemctl("start", parent.rsplit('/').next().unwrap_or_default()),
+        false => fs::create_dir_all(group(parent)).expect("cgroup"),
+    }
     let request = RunPodSandboxRequest {
         config: Some(config),
         runtime_handler: runtime(),
@@ -427,14 +462,17 @@ fn image(name: &str) -> ImageSpec {
     }
 }
 
-fn group(path: &str) -> PathBuf {
+/// The directory of a cgroup.
+pub(crate) fn group(path: &str) -> PathBuf {
     Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'))
 }
 
 fn handler(name: &str) -> String {
+    let systemd = by_systemd();
     format!(
         "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]\n\
-         runtime_type = \"io.containerd.{name}.v2\"\npod_annotations = [\"io.caisson.*\"]\nprivileged_without_host_devices = true\n",
+         runtime_type = \"io.containerd.{name}.v2\"\npod_annotations = [\"io.caisson.*\"]\nprivileged_without_host_devices = true\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}.options]\nSystemdCgroup = {systemd}\n",
     )
 }
 

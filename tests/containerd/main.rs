@@ -1,18 +1,22 @@
 //! caisson under containerd: `ctr` as a person uses it and the CRI as the kubelet does, on Debian's containerd.
 //!
 //! `RUNTIME=runc` runs the same tests on containerd's own shim, which proves them. They need containerd and ctr, which
-//! the lab's image `engines` has: `make containerd`.
+//! the lab's image `systemd` has: `make containerd`. With `CAISSON_TEST_CGROUPS=systemd`
+//! the kubelet's cgroup driver is systemd, else cgroupfs.
 
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
+mod bootstrap;
 mod cri;
 mod cri_deaths;
 mod cri_many;
 mod cri_pods;
 mod cri_security;
+mod cri_systemd;
 mod cri_volumes;
 mod daemon;
 mod deaths;
+mod driver;
 mod kubelet;
 mod pods;
 mod streaming;

@@ -57,6 +57,15 @@ impl Scope {
     }
 }
 
+/// Whether a path has the form `slice:prefix:name`, where the slice may be left out.
+pub(super) fn is_unit_path(asked: &Path) -> bool {
+    let text = asked.to_string_lossy();
+    match text.split(':').collect::<Vec<_>>().as_slice() {
+        [slice, _, _] => slice.is_empty() || slice.ends_with(".slice"),
+        _ => false,
+    }
+}
+
 /// A slice's cgroup: `a-b.slice` is in `a.slice`, `-.slice` is the root.
 fn expanded(slice: &str) -> Option<PathBuf> {
     let name = slice.strip_suffix(".slice")?;
@@ -110,6 +119,20 @@ mod tests {
         ] {
             let scope = scope(asked).unwrap();
             assert_eq!((scope.unit.as_str(), scope.path), (unit, path.into()));
+        }
+    }
+
+    #[test]
+    fn a_path_for_systemd_is_told_from_one_in_the_hierarchy() {
+        for (path, is_units) in [
+            ("kubepods-pod1.slice:cri-containerd:abc", true),
+            (":docker:abc", true),
+            ("/a/b", false),
+            ("/a.slice/b:c:d", false),
+            ("a:b:c", false),
+            ("a.slice:b", false),
+        ] {
+            assert_eq!(is_unit_path(Path::new(path)), is_units, "{path}");
         }
     }
 

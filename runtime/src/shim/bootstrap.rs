@@ -20,8 +20,8 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    bootstrap_api::{BootstrapParams, BootstrapResult},
-    protobuf::Message,
+    bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel},
+    protobuf::{Enum, Message},
 };
 use sha2::{Digest, Sha256};
 
@@ -35,6 +35,9 @@ pub(super) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 
 /// The environment variable with the newest version of the task service that containerd knows.
 const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
+
+/// The environment variable with the directory for sockets, if not [`SOCKETS`]: containerd 2.2's way to say so.
+const SOCKET_DIRECTORY: &str = "SHIM_SOCKET_DIR";
 
 /// Where containerd's shims have their sockets: short, because a socket's path has at most 107 bytes.
 const SOCKETS: &str = "/run/containerd/s";
@@ -80,12 +83,35 @@ struct Call {
     grpc_address: String,
     /// Where sockets go.
     sockets: PathBuf,
+    /// Say more in the log.
+    debug: bool,
+}
+
+/// What the environment says.
+#[derive(Debug, Default)]
+struct Environment {
+    newest: Option<String>,
+    sockets: Option<String>,
+}
+
+impl Environment {
+    fn read() -> Self {
+        Self {
+            newest: env::var(MAX_SHIM_VERSION).ok(),
+            sockets: env::var(SOCKET_DIRECTORY)
+                .ok()
+                .filter(|dir| !dir.is_empty()),
+        }
+    }
+
+    fn sockets(&self) -> PathBuf {
+        self.sockets.as_deref().unwrap_or(SOCKETS).into()
+    }
 }
 
 /// Answers with the address of a server for the container whose bundle is the working directory.
 pub(super) fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError> {
-    let newest = env::var(MAX_SHIM_VERSION).ok();
-    let call = call(args, input, newest.as_deref())?;
+    let call = call(args, input, &Environment::read())?;
     let bundle = Path::new("");
     let role = pod::role_of(bundle)?;
     let group = match &role {
@@ -112,20 +138,24 @@ pub(super) fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError
     Ok(encode(call.reply, &address))
 }
 
-fn call(args: &Args, input: &[u8], newest: Option<&str>) -> Result<Call, BootstrapError> {
+fn call(args: &Args, input: &[u8], said: &Environment) -> Result<Call, BootstrapError> {
     if let Some(params) = params(args, input)? {
         return Ok(Call {
+            // An open enumeration: what is more talkative than `debug` is a smaller number.
+            debug: args.debug || params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG.value(),
             reply: Reply::Protobuf,
             ttrpc_address: Some(params.containerd_ttrpc_address).filter(|a| !a.is_empty()),
             grpc_address: params.containerd_grpc_address,
             sockets: params
                 .socket_dir
                 .filter(|dir| !dir.is_empty())
-                .map_or_else(|| SOCKETS.into(), PathBuf::from),
+                .map_or_else(|| said.sockets(), PathBuf::from),
         });
     }
+    let newest = said.newest.as_deref();
     let knows_v3 = newest.and_then(|version| version.parse::<u32>().ok()) >= Some(3);
     Ok(Call {
+        debug: args.debug,
         reply: if knows_v3 {
             Reply::Json
         } else {
@@ -133,7 +163,7 @@ fn call(args: &Args, input: &[u8], newest: Option<&str>) -> Result<Call, Bootstr
         },
         ttrpc_address: None,
         grpc_address: args.address.clone(),
-        sockets: SOCKETS.into(),
+        sockets: said.sockets(),
     })
 }
 
@@ -215,7 +245,7 @@ fn spawn(
         ])
         .arg("-socket")
         .arg(socket);
-    if args.debug {
+    if call.debug {
         command.arg("-debug");
     }
     if let Some(address) = &call.ttrpc_address {
@@ -295,7 +325,11 @@ mod tests {
 
     #[test]
     fn every_containerd_is_answered_in_its_own_form() {
-        let reply = |input: &[u8], newest| call(&args(), input, newest).unwrap().reply;
+        let said = |newest: Option<&str>| Environment {
+            newest: newest.map(str::to_owned),
+            sockets: None,
+        };
+        let reply = |input: &[u8], newest| call(&args(), input, &said(newest)).unwrap().reply;
         assert_eq!(reply(b"", None), Reply::Address, "1.6");
         assert_eq!(reply(b"", Some("2")), Reply::Address, "1.7");
         assert_eq!(reply(b"", Some("3")), Reply::Json, "2.0");
@@ -313,9 +347,11 @@ mod tests {
             namespace: "k8s.io".into(),
             containerd_ttrpc_address: "unix:///t".into(),
             socket_dir: Some("/s".into()),
+            log_level: LogLevel::LOG_LEVEL_TRACE.into(),
             ..Default::default()
         };
-        let called = call(&args(), &params.write_to_bytes().unwrap(), Some("3")).unwrap();
+        let called = call(&args(), &params.write_to_bytes().unwrap(), &said(Some("3"))).unwrap();
+        assert!(called.debug);
         assert_eq!(called.reply, Reply::Protobuf);
         assert_eq!(called.ttrpc_address.as_deref(), Some("unix:///t"));
         assert_eq!(called.sockets, Path::new("/s"));
@@ -329,7 +365,19 @@ mod tests {
             containerd_version: "2.3.0".into(),
             ..Default::default()
         };
-        assert!(call(&args(), &params.write_to_bytes().unwrap(), None).is_err());
+        let bytes = params.write_to_bytes().unwrap();
+        assert!(call(&args(), &bytes, &Environment::default()).is_err());
+    }
+
+    #[test]
+    fn containerd_may_choose_the_sockets_directory() {
+        let said = Environment {
+            newest: Some("3".into()),
+            sockets: Some("/run/other/s".into()),
+        };
+        let called = call(&args(), b"", &said).unwrap();
+        assert_eq!(called.sockets, Path::new("/run/other/s"));
+        assert!(!called.debug);
     }
 
     #[test]

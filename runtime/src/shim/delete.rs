@@ -56,7 +56,7 @@ pub(super) fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
             end_server(&bundle, ticket.pid),
         )?;
         if let Some(cgroup) = ticket.cgroup {
-            HostCgroup::at(cgroup, None).remove()?;
+            HostCgroup::at(cgroup, ticket.unit).remove()?;
         }
         at("wait for the VMM of", &bundle, wait_for_vmm(&bundle))?;
         run_hooks(args, &bundle)?;
@@ -175,6 +175,7 @@ mod tests {
         let ticket = Ticket {
             pid: 1,
             cgroup: Some("/sys/fs/cgroup/no/such".into()),
+            unit: None,
         };
         ticket.store(dir.path()).unwrap();
         for _ in 0..2 {

@@ -7,7 +7,7 @@ use std::io;
 
 use containerd_shim_protos::ttrpc::{self, Code, get_status};
 
-use super::{pod::RoleError, rootfs::RootfsError, stdio::StdioError};
+use super::{options::OptionsError, pod::RoleError, rootfs::RootfsError, stdio::StdioError};
 use crate::{
     agent::{AgentError, RefusalKind},
     boot::StartError,
@@ -46,6 +46,8 @@ pub(super) enum TaskError {
     Id(#[from] StateError),
     #[error(transparent)]
     Role(#[from] RoleError),
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]

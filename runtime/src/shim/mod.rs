@@ -24,6 +24,7 @@ mod events;
 mod info;
 mod logger;
 mod metrics;
+mod options;
 mod pod;
 mod process;
 mod rootfs;

@@ -20,6 +20,9 @@ pub(super) struct Ticket {
     pub(super) pid: u32,
     /// The sandbox's cgroup, absolute.
     pub(super) cgroup: Option<PathBuf>,
+    /// systemd's unit for it, if systemd made it.
+    #[serde(default)]
+    pub(super) unit: Option<String>,
 }
 
 impl Ticket {
@@ -51,6 +54,7 @@ mod tests {
         let ticket = Ticket {
             pid: 7,
             cgroup: Some("/sys/fs/cgroup/x".into()),
+            unit: Some("x.scope".into()),
         };
         ticket.store(dir.path()).unwrap();
         assert_eq!(Ticket::load(dir.path()).unwrap(), Some(ticket));

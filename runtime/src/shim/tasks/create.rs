@@ -7,7 +7,7 @@ use std::{
     time::SystemTime,
 };
 
-use containerd_shim_protos::{api::CreateTaskRequest, protobuf::Message, shim::oci::Options};
+use containerd_shim_protos::api::CreateTaskRequest;
 use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 
@@ -26,6 +26,7 @@ use crate::{
     shim::{
         container::{Container, Hooks},
         error::{TaskError, host},
+        options::Options,
         pod::{self, Role},
         process::Process,
         rootfs::{self, Rootfs},
@@ -47,6 +48,8 @@ pub(crate) struct Pod {
     pub(super) share: Share,
     /// Its directory; `None` if there may be none (`rootless`).
     cgroup: Option<PathBuf>,
+    /// systemd's unit for it, if systemd made it.
+    unit: Option<String>,
     bounds: Bounds,
     role: Role,
     /// The pid in the guest of the first container's init, which holds the namespaces of a pod.
@@ -71,7 +74,7 @@ impl Pod {
 
     fn host_cgroup(&self) -> Option<HostCgroup> {
         let path = self.cgroup.clone()?;
-        Some(HostCgroup::at(path, None))
+        Some(HostCgroup::at(path, self.unit.clone()))
     }
 }
 
@@ -182,6 +185,9 @@ impl Tasks {
             spare_networks: network.as_ref().map_or(0, Network::spare),
         }
         .start()?;
+        if let Some(cgroup) = &cgroup {
+            cgroup.leave()?;
+        }
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
         let sandbox = booting.ready().await?.spawn(bounds);
         part.network = network.as_ref().map(Network::whole).unwrap_or_default();
@@ -193,6 +199,10 @@ impl Tasks {
                     id: id.to_string(),
                     sandbox,
                     share,
+                    unit: cgroup
+                        .as_ref()
+                        .and_then(HostCgroup::unit)
+                        .map(str::to_owned),
                     cgroup: cgroup.map(HostCgroup::keep),
                     bounds,
                     role: wanted.role.clone(),
@@ -245,14 +255,15 @@ impl Wanted {
         if !request.checkpoint.is_empty() {
             return Err(TaskError::Unsupported("to restore a checkpoint"));
         }
-        if systemd_cgroup(request) {
-            return Err(TaskError::Unsupported("SystemdCgroup"));
-        }
+        let options = Options::of(request.options.as_ref())?;
         let id = ContainerId::parse(&request.id)?;
         let path = bundle_path(request);
         let role = pod::role_of(&path)?;
         let rootfs = Rootfs::mount(&request.rootfs, &path.join("rootfs"))?;
-        let config = Config::load()?;
+        let config = match &options.config {
+            Some(file) => Config::load_from(file)?,
+            None => Config::load()?,
+        };
         let bundle = match role {
             Role::Member { .. } => Bundle::load_member(&path, &config)?,
             Role::Alone | Role::Sandbox => Bundle::load(&path, &config)?,
@@ -274,11 +285,11 @@ impl Wanted {
             },
             hooks,
             config,
-            bundle,
             cgroups: Terms {
-                systemd: false,
+                systemd: options.wants_systemd(bundle.cgroups_path()),
                 rootless: Rootless::Auto,
             },
+            bundle,
         })
     }
 
@@ -307,6 +318,7 @@ impl Wanted {
             Ticket {
                 pid: std::process::id(),
                 cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
+                unit: cgroup.and_then(HostCgroup::unit).map(str::to_owned),
             }
             .store(&self.bundle.path)
         };
@@ -384,13 +396,4 @@ fn first_state(id: &ContainerId, bundle: &Bundle) -> State {
         cgroup: None,
         systemd_unit: None,
     }
-}
-
-/// Whether containerd's configuration asks for systemd's cgroups (`SystemdCgroup`, as for runc).
-fn systemd_cgroup(request: &CreateTaskRequest) -> bool {
-    let options = request.options.as_ref();
-    options
-        .filter(|any| any.type_url.ends_with("containerd.runc.v1.Options"))
-        .and_then(|any| Options::parse_from_bytes(&any.value).ok())
-        .is_some_and(|options| options.systemd_cgroup)
 }
