@@ -83,7 +83,9 @@ pub enum Command {
     /// displays container events such as OOM notifications, cpu, memory and IO usage statistics
     Events(Events),
     /// prints what all containers use, as Prometheus reads it
-    Metrics,
+    Metrics(Metrics),
+    /// shows what the start of a container spent its time on
+    Trace(TraceArgs),
     /// update container resource constraints
     Update(Box<Update>),
     /// checkpoint a running container (not supported yet)
@@ -401,6 +403,31 @@ pub struct List {
     /// display only container IDs
     #[arg(long, short)]
     pub quiet: bool,
+    /// all of this host's sandboxes too, containerd's among them, with state root and pod
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// `trace`.
+#[derive(Debug, Clone, Args)]
+pub struct TraceArgs {
+    /// the container
+    #[arg(value_name = "container-id")]
+    pub id: String,
+    /// select one of: table or chrome (trace events as JSON)
+    #[arg(long, short, default_value = "table")]
+    pub format: String,
+}
+
+/// `metrics`.
+#[derive(Debug, Clone, Args)]
+pub struct Metrics {
+    /// all of this host's sandboxes, containerd's among them
+    #[arg(long)]
+    pub all: bool,
+    /// serve them by HTTP on a Unix socket at this path, counted anew for each request
+    #[arg(long, value_name = "SOCKET")]
+    pub listen: Option<PathBuf>,
 }
 
 /// `spec`.

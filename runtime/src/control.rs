@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Name of the socket in the state directory.
-const SOCKET: &str = "control.sock";
+pub(crate) const SOCKET: &str = "control.sock";
 
 /// The largest `process` object, in bytes; what the agent's protocol can carry.
 const MAX_PROCESS_BYTES: u64 = 3 << 20;
@@ -75,6 +75,11 @@ pub enum Request {
     Table,
     /// Tell what the container uses.
     Stats,
+    /// Tell of every container that lives here ([`crate::census`]).
+    Census {
+        /// And what they use.
+        count: bool,
+    },
     /// Say that the connection watches for kills for want of memory; then tell each of them, to the container's end.
     Watch,
     /// Answer when the container says that it is ready (sd_notify(3)).
@@ -128,6 +133,8 @@ pub enum Answer {
     Processes(Vec<u32>),
     /// The [`crate::process_table::Table`], as JSON in the attached file.
     Table,
+    /// A [`crate::census::Household`], as JSON in the attached file.
+    Census,
     /// The numbers.
     Stats {
         /// By the guest's count.

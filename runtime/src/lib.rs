@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod boot;
 pub mod bundle;
+pub mod census;
 pub mod cgroup;
 pub mod cli;
 pub mod commands;
@@ -37,6 +38,7 @@ pub mod stats;
 pub mod stdio;
 pub mod terminal;
 pub mod text;
+pub mod trace;
 pub mod update;
 pub mod version;
 pub mod view;

@@ -127,12 +127,12 @@ impl Log {
             // A log that cannot be written must not change what the command does.
             Some(file) => {
                 let mut file: &File = file;
-                drop(file.write_all(line(self.format, level, text, now).as_bytes()));
+                drop(file.write_all(line(self.format, level, text, now, &[]).as_bytes()));
             }
             None if self.format == Format::Text && io::stderr().is_terminal() => {
                 to_stderr(&terminal_line(level, text));
             }
-            None => to_stderr(&line(self.format, level, text, now)),
+            None => to_stderr(&line(self.format, level, text, now, &[])),
         }
     }
 }
@@ -142,8 +142,14 @@ fn to_stderr(line: &str) {
     drop(io::stderr().write_all(line.as_bytes()));
 }
 
-/// One line of a log, with its end.
-pub(crate) fn line(format: Format, level: Level, text: &str, now: SystemTime) -> String {
+/// One line of a log, with its end. `fields` say what it is about, by names in their order; values are ids.
+pub(crate) fn line(
+    format: Format,
+    level: Level,
+    text: &str,
+    now: SystemTime,
+    fields: &[(&str, &str)],
+) -> String {
     let level = match level {
         Level::Debug => "debug",
         Level::Warning => "warning",
@@ -151,9 +157,19 @@ pub(crate) fn line(format: Format, level: Level, text: &str, now: SystemTime) ->
     };
     let time = humantime::format_rfc3339_seconds(now);
     let text = quoted(text);
+    let mut about = String::new();
+    for (name, value) in fields {
+        // Writing to a String cannot fail.
+        let _ = match format {
+            Format::Json => write!(about, ",\"{name}\":{}", quoted(value)),
+            Format::Text => write!(about, " {name}={value}"),
+        };
+    }
     match format {
-        Format::Json => format!("{{\"level\":\"{level}\",\"msg\":{text},\"time\":\"{time}\"}}\n"),
-        Format::Text => format!("time=\"{time}\" level={level} msg={text}\n"),
+        Format::Json => {
+            format!("{{\"level\":\"{level}\",\"msg\":{text},\"time\":\"{time}\"{about}}}\n")
+        }
+        Format::Text => format!("time=\"{time}\" level={level} msg={text}{about}\n"),
     }
 }
 
@@ -199,7 +215,13 @@ mod tests {
     #[test]
     fn json_lines_are_as_runc_writes_them() {
         assert_eq!(
-            line(Format::Json, Level::Error, "runc create failed: x", then()),
+            line(
+                Format::Json,
+                Level::Error,
+                "runc create failed: x",
+                then(),
+                &[]
+            ),
             "{\"level\":\"error\",\"msg\":\"runc create failed: x\",\"time\":\"2026-11-21T12:28:55Z\"}\n"
         );
     }
@@ -207,8 +229,30 @@ mod tests {
     #[test]
     fn text_lines_are_as_runc_writes_them() {
         assert_eq!(
-            line(Format::Text, Level::Error, "exec: \"/nope\": x", then()),
+            line(
+                Format::Text,
+                Level::Error,
+                "exec: \"/nope\": x",
+                then(),
+                &[]
+            ),
             "time=\"2026-11-21T12:28:55Z\" level=error msg=\"exec: \\\"/nope\\\": x\"\n"
+        );
+    }
+
+    #[test]
+    fn a_line_says_what_it_is_about_in_either_form() {
+        let about = [("container", "c1"), ("sandbox", "s1")];
+        let text = line(Format::Text, Level::Warning, "x", then(), &about);
+        assert!(
+            text.ends_with("msg=\"x\" container=c1 sandbox=s1\n"),
+            "{text}"
+        );
+        let json = line(Format::Json, Level::Warning, "x", then(), &about);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(
+            (&json["container"], &json["sandbox"]),
+            (&"c1".into(), &"s1".into())
         );
     }
 

@@ -13,11 +13,12 @@ use caisson::{
     commands::{self, Context},
     error, exec,
     log::Log,
-    monitor, version,
+    monitor, trace, version,
 };
 use clap::{CommandFactory, Parser};
 
 fn main() -> ExitCode {
+    trace::begin();
     // The processes that commands leave behind; they are not for people and cost no parsing.
     match env::args_os().nth(1).as_deref().and_then(OsStr::to_str) {
         Some(monitor::COMMAND) => return monitor::main(),

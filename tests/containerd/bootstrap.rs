@@ -15,8 +15,7 @@ use containerd_shim_protos::shim::oci::Options;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::json;
 
-use crate::daemon::begin;
-use crate::driver::{Driver, Form, program};
+use crate::driver::{Driver, Form, begin, program};
 
 /// runc's shim in Debian is of 1.6, and knows the first alone.
 fn forms() -> &'static [Form] {
@@ -138,13 +137,10 @@ fn a_pods_containers_are_given_the_address_of_their_pod() {
             refused.stderr
         );
         drop(early);
-        std::fs::remove_file(case.dir().join("events.sock")).expect("events.sock");
-        std::fs::remove_file(member.dir().join("log")).expect("log");
         let mut driver = Driver::new(&case, &pod, "pod", form);
         let address = driver.start(None);
         let again = driver.call_start(None);
         assert_ne!(again.status, 0, "a second shim for the same pod");
-        std::fs::rename(case.dir().join("events.sock"), case.dir().join("e")).expect("rename");
         let joined = Driver::new(&case, &member, "member", form);
         let outcome = joined.call_start(None);
         assert_eq!(outcome.status, 0, "{}", outcome.stderr);

@@ -6,7 +6,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
 use caisson_tests::call::wait_for_exit;
@@ -51,11 +51,19 @@ pub(crate) struct Driver<'c> {
     form: Form,
     id: String,
     client: Option<Client>,
-    topics: mpsc::Receiver<String>,
-    server: Option<Server>,
     /// Both ends of the FIFO for the shim's log.
     _log: OwnedFd,
 }
+
+/// Where all shims of this process send their events, from before the first case to the end: a server of ttrpc's holds
+/// its socket for longer than it says.
+struct Inbox {
+    address: String,
+    topics: Mutex<mpsc::Receiver<String>>,
+    _server: Server,
+}
+
+static INBOX: OnceLock<Inbox> = OnceLock::new();
 
 struct Topics(Mutex<mpsc::Sender<String>>);
 
@@ -69,17 +77,48 @@ impl Events for Topics {
     }
 }
 
+impl Inbox {
+    fn open() -> Self {
+        let dir = std::env::temp_dir();
+        let path = dir.join(format!("caisson-tests-{}.sock", std::process::id()));
+        let address = format!("unix://{}", path.display());
+        let (sender, topics) = mpsc::channel();
+        let events = create_events(Arc::new(Topics(Mutex::new(sender))));
+        let server = Server::new().bind(&address).expect("bind");
+        let mut server = server.register_service(events);
+        server.start().expect("serve events");
+        Self {
+            address,
+            topics: Mutex::new(topics),
+            _server: server,
+        }
+    }
+
+    fn topics(&self) -> MutexGuard<'_, mpsc::Receiver<String>> {
+        self.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn inbox() -> &'static Inbox {
+    INBOX.get_or_init(Inbox::open)
+}
+
+/// A case in which this process listens for events already.
+pub(crate) fn begin() -> Case {
+    inbox();
+    crate::daemon::begin()
+}
+
 impl<'c> Driver<'c> {
     /// containerd listens for events; no shim yet.
     pub(crate) fn new(case: &'c Case, bundle: &'c Bundle, id: &str, form: Form) -> Self {
-        let (sender, topics) = mpsc::channel();
-        let events = create_events(Arc::new(Topics(Mutex::new(sender))));
-        let server = Server::new().bind(&events_address(case));
-        let mut server = server.expect("bind").register_service(events);
-        server.start().expect("serve events");
+        // What another case has not waited for is not this one's.
+        while inbox().topics().try_recv().is_ok() {}
         let fifo = bundle.dir().join("log");
-        let made = rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::RWXU);
-        made.expect("FIFO");
+        if !fifo.exists() {
+            let made = rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::RWXU);
+            made.expect("FIFO");
+        }
         let log = rustix::fs::open(&fifo, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         Self {
             case,
@@ -87,8 +126,6 @@ impl<'c> Driver<'c> {
             form,
             id: id.to_owned(),
             client: None,
-            topics,
-            server: Some(server),
             _log: log.expect("open the FIFO"),
         }
     }
@@ -116,8 +153,7 @@ impl<'c> Driver<'c> {
                 .env("SHIM_SOCKET_DIR", self.sockets()),
             Form::Message => return call.env("MAX_SHIM_VERSION", "3").finish(),
         };
-        call.env("TTRPC_ADDRESS", events_address(self.case))
-            .finish()
+        call.env("TTRPC_ADDRESS", &inbox().address).finish()
     }
 
     fn input(&self, options: Option<&Any>, grpc: &Path) -> Vec<u8> {
@@ -129,7 +165,7 @@ impl<'c> Driver<'c> {
             instance_id: self.id.clone(),
             namespace: NAMESPACE.to_owned(),
             containerd_version: "2.3.0".to_owned(),
-            containerd_ttrpc_address: events_address(self.case),
+            containerd_ttrpc_address: inbox().address.clone(),
             containerd_grpc_address: grpc.to_string_lossy().into_owned(),
             socket_dir: Some(self.sockets().to_string_lossy().into_owned()),
             ..Default::default()
@@ -196,7 +232,8 @@ impl<'c> Driver<'c> {
 
     /// The topic of the next event.
     pub(crate) fn topic(&self) -> String {
-        self.topics.recv_timeout(LIMIT).expect("an event")
+        let topics = inbox().topics();
+        topics.recv_timeout(LIMIT).expect("an event")
     }
 }
 
@@ -205,9 +242,6 @@ impl Drop for Driver<'_> {
         self.client = None;
         for shim in shims() {
             Pid::from_raw(shim.pid).map(|pid| wait_for_exit(pid, LAST));
-        }
-        if let Some(server) = self.server.take() {
-            server.shutdown();
         }
     }
 }
@@ -218,8 +252,4 @@ pub(crate) fn program() -> &'static str {
         "runc" => "containerd-shim-runc-v2",
         _ => "containerd-shim-caisson-v2",
     }
-}
-
-fn events_address(case: &Case) -> String {
-    format!("unix://{}", case.dir().join("events.sock").display())
 }

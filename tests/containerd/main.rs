@@ -7,6 +7,7 @@
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
 mod bootstrap;
+mod census;
 mod cri;
 mod cri_deaths;
 mod cri_many;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::daemon::{Daemon, begin};
 
 /// The two forms of the annotations.
-const FORMS: [[&str; 2]; 2] = [
+pub(crate) const FORMS: [[&str; 2]; 2] = [
     [
         "io.kubernetes.cri.container-type",
         "io.kubernetes.cri.sandbox-id",
@@ -21,14 +21,14 @@ const FORMS: [[&str; 2]; 2] = [
 ];
 
 /// A pod's files on the host.
-struct Pod {
+pub(crate) struct Pod {
     form: [&'static str; 2],
     rootfs: PathBuf,
     shm: Tmpfs,
 }
 
 impl Pod {
-    fn new(case: &Case, form: [&'static str; 2]) -> Self {
+    pub(crate) fn new(case: &Case, form: [&'static str; 2]) -> Self {
         Self {
             form,
             rootfs: case.bundle_in("pod").rootfs("/"),
@@ -52,13 +52,13 @@ impl Pod {
         })
     }
 
-    fn sandbox(&self) -> Value {
+    pub(crate) fn sandbox(&self) -> Value {
         let own = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
         self.spec("sandbox", "sandbox", &["sleep", "100000"], json!(own))
     }
 
     /// A member; `joined` beside the network, which every member joins.
-    fn member(&self, id: &str, joined: &[&str], script: &str) -> Value {
+    pub(crate) fn member(&self, id: &str, joined: &[&str], script: &str) -> Value {
         let all = ["pid", "ipc", "uts", "mount", "network"];
         let namespaces = all.map(|kind| match joined.contains(&kind) || kind == "network" {
             true => json!({"type": kind, "path": format!("/proc/1/ns/{kind}")}),

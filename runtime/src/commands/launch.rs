@@ -21,6 +21,7 @@ use crate::{
     preserved::{self, PreservedError},
     state::{ContainerId, StateDir, StateError, Status},
     terminal::{Raw, TerminalError},
+    trace::{Trace, Who},
 };
 
 /// Why there is no container.
@@ -101,7 +102,10 @@ pub(super) fn launch(
     let id = ContainerId::parse(&args.id)?;
     let activated = preserved::activated();
     let preserved = preserved::take(activated, args.preserve_fds)?;
+    let mut trace = Trace::of_process(Who::Command);
+    trace.mark(Who::Command, "understand the command line");
     let order = Order {
+        trace,
         id: id.clone(),
         root: absolute(&context.root)?,
         bundle: args.bundle.clone().unwrap_or_else(|| PathBuf::from(".")),

@@ -1,9 +1,13 @@
-//! `list`: all containers of a root directory, as runc's table, as JSON or as bare names.
+//! `list`: all containers of a root directory, as runc's table, as JSON or as bare names; with `--all` also those that
+//! live elsewhere on this host (`census.rs`), with their state root and pod.
 
-use std::{fs, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode};
+
+use serde::Serialize;
 
 use super::{Context, print, state::Shown};
 use crate::{
+    census,
     cli::List,
     error::{self, CommandError},
     state::{State, StateDir, StateError},
@@ -17,6 +21,9 @@ const PADDING: usize = 3;
 const TITLES: [&str; 6] = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"];
 
 pub(super) fn list(args: &List, context: &Context) -> Result<ExitCode, CommandError> {
+    if args.all {
+        return list_all(args, context);
+    }
     if args.quiet {
         let ids = StateDir::ids(&context.root)?;
         return print(&ids.iter().map(|id| format!("{id}\n")).collect::<String>());
@@ -26,6 +33,81 @@ pub(super) fn list(args: &List, context: &Context) -> Result<ExitCode, CommandEr
         "table" => print(&table(&containers)),
         "json" => print(&json(&containers)?),
         _ => Err(CommandError::Usage("invalid format option".into())),
+    }
+}
+
+/// A container anywhere on this host.
+#[derive(Debug, Serialize)]
+struct Anywhere {
+    #[serde(flatten)]
+    state: State,
+    root: PathBuf,
+    /// The container that brought the virtual machine.
+    pod: String,
+}
+
+const ALL_TITLES: [&str; 7] = ["ID", "PID", "STATUS", "POD", "ROOT", "BUNDLE", "CREATED"];
+
+fn list_all(args: &List, context: &Context) -> Result<ExitCode, CommandError> {
+    let all = everywhere(context)?;
+    if args.quiet {
+        return print(
+            &all.iter()
+                .map(|it| format!("{}\n", it.state.id))
+                .collect::<String>(),
+        );
+    }
+    match args.format.as_str() {
+        "table" => print(&columns(ALL_TITLES, all.iter().map(Anywhere::cells))),
+        "json" => print(&(serde_json::to_string(&all).map_err(CommandError::Json)? + "\n")),
+        _ => Err(CommandError::Usage("invalid format option".into())),
+    }
+}
+
+/// Those that live, and those of this root that have stopped; in the order of root and id.
+fn everywhere(context: &Context) -> Result<Vec<Anywhere>, CommandError> {
+    let mut all = Vec::new();
+    for holder in census::holders() {
+        match holder.ask(false) {
+            Ok(household) => all.extend(household.residents.into_iter().map(|resident| Anywhere {
+                state: resident.state,
+                root: holder.root.clone(),
+                pod: resident.pod,
+            })),
+            // It ends just now, or begins, or cannot be asked by this caller.
+            Err(error) => {
+                let words = error::message(&error);
+                context
+                    .log
+                    .debug(&format!("ask process {}: {words}", holder.pid));
+            }
+        }
+    }
+    for (state, _) in containers(context)? {
+        let is_it = |known: &Anywhere| known.state.id == state.id && known.root == context.root;
+        if !all.iter().any(is_it) {
+            all.push(Anywhere {
+                pod: state.id.to_string(),
+                root: context.root.clone(),
+                state,
+            });
+        }
+    }
+    all.sort_by(|a, b| (&a.root, &a.state.id).cmp(&(&b.root, &b.state.id)));
+    Ok(all)
+}
+
+impl Anywhere {
+    fn cells(&self) -> [String; 7] {
+        [
+            self.state.id.to_string(),
+            self.state.pid.to_string(),
+            self.state.status.to_string(),
+            self.pod.clone(),
+            self.root.display().to_string(),
+            self.state.bundle.display().to_string(),
+            self.state.created.clone(),
+        ]
     }
 }
 
@@ -73,10 +155,15 @@ fn table(containers: &[(State, String)]) -> String {
             owner.clone(),
         ]
     });
-    let rows: Vec<_> = std::iter::once(TITLES.map(str::to_owned))
+    columns(TITLES, rows)
+}
+
+/// Rows below their titles, as runc aligns them.
+fn columns<const N: usize>(titles: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<_> = std::iter::once(titles.map(str::to_owned))
         .chain(rows)
         .collect();
-    let mut widths = [0; TITLES.len()];
+    let mut widths = [0; N];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = LEAST_WIDTH.max(cell.chars().count() + PADDING).max(*width);
@@ -85,7 +172,7 @@ fn table(containers: &[(State, String)]) -> String {
     let mut out = String::new();
     for row in &rows {
         // The last cell is not padded, as in runc.
-        let padded = widths.iter().zip(row).take(TITLES.len() - 1);
+        let padded = widths.iter().zip(row).take(N - 1);
         let line: String = padded
             .map(|(width, cell)| format!("{cell:<width$}"))
             .collect();
@@ -143,6 +230,38 @@ mod tests {
             table(&[container("c1", 29222, "/tmp/rc/b")]),
             "ID          PID         STATUS      BUNDLE      CREATED                          OWNER\n\
              c1          29222       created     /tmp/rc/b   2026-11-21T12:30:37.397827925Z   root\n"
+        );
+    }
+
+    #[test]
+    fn everything_on_the_host_is_told_with_root_and_pod() {
+        let (state, _) = container("c1", 7, "/b");
+        let all = [Anywhere {
+            state,
+            root: "/run/containerd/tasks".into(),
+            pod: "sandbox".into(),
+        }];
+        let text = columns(ALL_TITLES, all.iter().map(Anywhere::cells));
+        let lines: Vec<Vec<_>> = text
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(lines[0], ALL_TITLES);
+        assert_eq!(
+            lines[1][..6],
+            [
+                "c1",
+                "7",
+                "created",
+                "sandbox",
+                "/run/containerd/tasks",
+                "/b"
+            ]
+        );
+        let json = serde_json::to_value(&all).unwrap();
+        assert_eq!(
+            (&json[0]["id"], &json[0]["pod"]),
+            (&"c1".into(), &"sandbox".into())
         );
     }
 

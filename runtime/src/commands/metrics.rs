@@ -1,21 +1,20 @@
-//! `metrics`: what all containers of a root directory use, as Prometheus' text.
+//! `metrics`: what all containers of a root directory use, or all of this host (`census.rs`), as Prometheus' text.
 //!
 //! Contract: each series is there once for what the guest counts (`side="guest"`) and once for what the whole sandbox
 //! costs the host (`side="host"`). A container that does not run has its status alone; one whose monitor does not answer
 //! in time is a line in the log, and the others are still told.
 //! Spec: Prometheus, exposition formats, text version 0.0.4.
 
-use std::{fmt::Write, process::ExitCode, time::Duration};
+use std::{fmt::Write, path::Path, process::ExitCode, time::Duration};
 
-use super::{
-    Context, ask,
-    events::{Data, stats},
-    print,
-};
+use super::{Context, ask, print, scrape};
 use crate::{
+    census::{self, Household, Resident},
+    cli::Metrics,
+    control::{Answer, Control, ControlError, Request},
     error::{self, CommandError},
     state::{StateDir, StateError, Status},
-    stats::{Cpu, Memory, Pids},
+    stats::Stats,
 };
 
 /// How long a monitor may take to answer: whoever collects numbers waits for all of them.
@@ -24,13 +23,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const NANOSECONDS: f64 = 1e9;
 
 /// A container and, if it runs, what it uses.
-type Counted = (String, Status, Option<Data>);
-
-/// One side's numbers.
-struct Side<'a> {
-    cpu: &'a Cpu,
-    memory: &'a Memory,
-    pids: &'a Pids,
+struct Counted {
+    /// Prometheus' labels, without braces.
+    labels: String,
+    status: Status,
+    guest: Option<Box<Stats>>,
+    host: Option<Box<Stats>>,
 }
 
 /// A series: name, kind, meaning, value; without a value there is no line.
@@ -38,7 +36,7 @@ type Series = (
     &'static str,
     &'static str,
     &'static str,
-    fn(&Side<'_>) -> Option<f64>,
+    fn(&Stats) -> Option<f64>,
 );
 
 const SERIES: &[Series] = &[
@@ -84,8 +82,62 @@ const SERIES: &[Series] = &[
     ),
 ];
 
-/// Prints the numbers of all containers once.
-pub(super) fn metrics(context: &Context) -> Result<ExitCode, CommandError> {
+/// Prints the numbers once, or serves them.
+pub(super) fn metrics(args: &Metrics, context: &Context) -> Result<ExitCode, CommandError> {
+    let count = || match args.all {
+        true => Ok(of_host(context)),
+        false => of_root(context),
+    };
+    match &args.listen {
+        Some(socket) => scrape::serve(socket, || Ok(text(&count()?))),
+        None => print(&text(&count()?)),
+    }
+}
+
+/// All sandboxes that live on this host. One whose holder does not answer is a line in the log.
+fn of_host(context: &Context) -> Vec<Counted> {
+    let mut counted = Vec::new();
+    for holder in census::holders() {
+        match holder.ask(true) {
+            Ok(household) => counted.extend(of_household(&holder.root, household)),
+            Err(error) => {
+                let words = error::message(&error);
+                context.log.warning(&format!(
+                    "count the sandbox of process {}: {words}",
+                    holder.pid
+                ));
+            }
+        }
+    }
+    counted
+}
+
+/// What the host pays is told once, with the container that brought the virtual machine.
+fn of_household(root: &Path, household: Household) -> Vec<Counted> {
+    let Household {
+        residents,
+        mut host,
+    } = household;
+    let root = escaped(&root.to_string_lossy());
+    let of = |resident: Resident| {
+        let Resident { state, pod, guest } = resident;
+        let is_first = state.id.as_str() == pod;
+        Counted {
+            labels: format!(
+                "container=\"{}\",sandbox=\"{}\",root=\"{root}\"",
+                state.id,
+                escaped(&pod)
+            ),
+            status: state.status,
+            guest,
+            host: is_first.then(|| host.take()).flatten(),
+        }
+    };
+    residents.into_iter().map(of).collect()
+}
+
+/// The containers of a state root.
+fn of_root(context: &Context) -> Result<Vec<Counted>, CommandError> {
     let mut counted = Vec::new();
     for id in StateDir::ids(&context.root)? {
         let seen = StateDir::open(&context.root, &id).and_then(|dir| {
@@ -104,23 +156,44 @@ pub(super) fn metrics(context: &Context) -> Result<ExitCode, CommandError> {
                 continue;
             }
         };
-        let data = match status {
-            Status::Running | Status::Paused => match ask(&dir, "it has ended", PATIENCE, stats) {
-                Ok(data) => Some(data),
-                Err(CommandError::Refused(_)) => None,
-                Err(error) => {
-                    let words = error::message(&error);
-                    context
-                        .log
-                        .warning(&format!("count container {id}: {words}"));
-                    None
+        let (guest, host) = match status {
+            Status::Running | Status::Paused => {
+                match ask(&dir, "it has ended", PATIENCE, numbers) {
+                    Ok((guest, host)) => (Some(guest), host),
+                    Err(CommandError::Refused(_)) => (None, None),
+                    Err(error) => {
+                        let words = error::message(&error);
+                        context
+                            .log
+                            .warning(&format!("count container {id}: {words}"));
+                        (None, None)
+                    }
                 }
-            },
-            _ => None,
+            }
+            _ => (None, None),
         };
-        counted.push((id.to_string(), status, data));
+        counted.push(Counted {
+            labels: format!("container=\"{id}\""),
+            status,
+            guest,
+            host,
+        });
     }
-    print(&text(&counted))
+    Ok(counted)
+}
+
+/// The question for a container's numbers: the guest's and the host's.
+fn numbers(control: Control) -> Result<(Box<Stats>, Option<Box<Stats>>), ControlError> {
+    match control.ask(&Request::Stats, &[])? {
+        (Answer::Stats { guest, host }, _) => Ok((guest, host)),
+        _ => Err(ControlError::Unexpected),
+    }
+}
+
+/// A label's value: a path may have anything in it.
+fn escaped(value: &str) -> String {
+    let value = value.replace('\\', "\\\\").replace('"', "\\\"");
+    value.replace('\n', "\\n")
 }
 
 /// Prometheus' text. The ids of containers need no escapes.
@@ -132,19 +205,20 @@ fn text(counted: &[Counted]) -> String {
         "gauge",
         "1 for each container, with its status",
     );
-    for (id, status, _) in counted {
+    for Counted { labels, status, .. } in counted {
         // A String takes everything.
         let _ = writeln!(
             out,
-            "caisson_container_info{{container=\"{id}\",status=\"{status}\"}} 1"
+            "caisson_container_info{{{labels},status=\"{status}\"}} 1"
         );
     }
     for (name, kind, meaning, value) in SERIES {
         heading(&mut out, name, kind, meaning);
-        for (id, _, data) in counted {
-            for (side, numbers) in data.iter().flat_map(sides) {
-                if let Some(value) = value(&numbers) {
-                    let _ = writeln!(out, "{name}{{container=\"{id}\",side=\"{side}\"}} {value}");
+        for container in counted {
+            for (side, numbers) in container.sides() {
+                if let Some(value) = value(numbers) {
+                    let labels = &container.labels;
+                    let _ = writeln!(out, "{name}{{{labels},side=\"{side}\"}} {value}");
                 }
             }
         }
@@ -156,18 +230,13 @@ fn heading(out: &mut String, name: &str, kind: &str, meaning: &str) {
     let _ = writeln!(out, "# HELP {name} {meaning}\n# TYPE {name} {kind}");
 }
 
-fn sides(data: &Data) -> impl Iterator<Item = (&'static str, Side<'_>)> {
-    let guest = Side {
-        cpu: &data.guest.cpu,
-        memory: &data.guest.memory,
-        pids: &data.guest.pids,
-    };
-    let host = data.host.as_ref().map(|host| Side {
-        cpu: &host.cpu,
-        memory: &host.memory,
-        pids: &host.pids,
-    });
-    std::iter::once(("guest", guest)).chain(host.map(|host| ("host", host)))
+impl Counted {
+    fn sides(&self) -> impl Iterator<Item = (&'static str, &Stats)> {
+        let sides = [("guest", &self.guest), ("host", &self.host)];
+        sides
+            .into_iter()
+            .filter_map(|(side, numbers)| Some((side, numbers.as_deref()?)))
+    }
 }
 
 fn seconds(nanoseconds: u64) -> f64 {
@@ -185,7 +254,7 @@ fn number(count: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stats::Stats;
+    use crate::state::{ContainerId, State};
 
     #[test]
     fn every_series_has_a_heading_and_a_line_for_each_container_that_runs() {
@@ -193,13 +262,19 @@ mod tests {
         guest.cpu.usage.total = 1_500_000_000;
         guest.memory.usage.usage = 4096;
         guest.memory.usage.limit = u64::MAX;
-        let data = Data {
-            guest: Box::new(guest),
-            host: None,
-        };
         let counted = [
-            ("a".to_owned(), Status::Running, Some(data)),
-            ("b".to_owned(), Status::Stopped, None),
+            Counted {
+                labels: "container=\"a\"".to_owned(),
+                status: Status::Running,
+                guest: Some(Box::new(guest)),
+                host: None,
+            },
+            Counted {
+                labels: "container=\"b\"".to_owned(),
+                status: Status::Stopped,
+                guest: None,
+                host: None,
+            },
         ];
         let text = text(&counted);
         let lines: Vec<_> = text.lines().collect();
@@ -215,5 +290,36 @@ mod tests {
         assert!(!text.contains("limit_bytes{"), "{text}");
         let headings = lines.iter().filter(|line| line.starts_with("# TYPE "));
         assert_eq!(headings.count(), SERIES.len() + 1);
+    }
+
+    #[test]
+    fn a_pods_cost_is_told_once() {
+        let resident = |id: &str| Resident {
+            state: State {
+                oci_version: "1.0.2".into(),
+                id: ContainerId::parse(id).unwrap(),
+                pid: 1,
+                status: Status::Running,
+                bundle: "/b".into(),
+                rootfs: "/b/rootfs".into(),
+                created: String::new(),
+                annotations: None,
+                cgroup: None,
+                systemd_unit: None,
+            },
+            pod: "pod".into(),
+            guest: Some(Box::default()),
+        };
+        let household = Household {
+            residents: vec![resident("a"), resident("pod")],
+            host: Some(Box::default()),
+        };
+        let text = text(&of_household(Path::new("/r\"x"), household));
+        let hosts = text.matches("caisson_memory_bytes{container=\"pod\",sandbox=\"pod\",root=\"/r\\\"x\",side=\"host\"} 0");
+        assert_eq!(hosts.count(), 1, "{text}");
+        assert_eq!(
+            text.matches("side=\"host\"").count() * 2,
+            text.matches("side=\"guest\"").count()
+        );
     }
 }

@@ -34,10 +34,12 @@ mod list;
 mod metrics;
 pub(crate) mod ps;
 mod run;
+mod scrape;
 mod spec;
 mod start;
 mod state;
 mod systemd;
+mod trace;
 pub(crate) mod update;
 
 /// What every command is given.
@@ -82,7 +84,8 @@ pub fn dispatch(command: Command, context: &Context) -> Result<ExitCode, Command
         Command::Resume(args) => freeze::resume(&args, context),
         Command::Ps(args) => ps::run(&args, context),
         Command::Events(args) => events::run(&args, context),
-        Command::Metrics => metrics::metrics(context),
+        Command::Metrics(args) => metrics::metrics(&args, context),
+        Command::Trace(args) => trace::trace(&args, context),
         Command::Update(args) => update::run(&args, context),
         Command::Checkpoint(_) => Err(CommandError::Checkpoint("checkpoint")),
         Command::Restore(_) => Err(CommandError::Checkpoint("restore")),

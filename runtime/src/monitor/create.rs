@@ -42,6 +42,7 @@ use crate::{
     state::{State, StateDir, StateError, Status, timestamp},
     stdio::{self, Progress},
     terminal::{self, Size, TerminalError},
+    trace::Who,
     update::Limits,
     view::{self, View, ViewError},
     vmm::{self, VmmError},
@@ -124,6 +125,8 @@ pub(super) async fn create(
     fds: Vec<OwnedFd>,
     report: &Packets,
 ) -> Result<Live, CreateError> {
+    let mut trace = order.trace.clone();
+    trace.mark(Who::Holder, "start the monitor");
     let files = caller_files(fds)?;
     let log = match &order.log {
         Some((path, format, debug)) => Some(Log::open(Some(path), format, *debug)?),
@@ -150,7 +153,8 @@ pub(super) async fn create(
     let host_has = Host::detect();
     let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, host_has)?;
     let bounds = Bounds::of(size, &config, host_has);
-    // Nothing so far has left a trace. The session's end is this process's own from here on.
+    trace.mark(Who::Holder, "check the bundle");
+    // Nothing so far has left anything. The session's end is this process's own from here on.
     rustix::process::setsid().map_err(host("leave the caller's session"))?;
     let dir = StateDir::claim(&order.root, &order.id)?;
     rustix::process::umask(Mode::from_raw_mode(0o077));
@@ -174,6 +178,7 @@ pub(super) async fn create(
     if let Some(identities) = identities {
         take_on(identities, report).await?;
     }
+    trace.mark(Who::Holder, "claim the name, make the cgroup");
     let hooks = HostHooks::of(&bundle.spec);
     hooks
         .store(dir.path())
@@ -209,8 +214,10 @@ pub(super) async fn create(
                 network.add_user_network(user_network)?;
             }
             let networks = network.boot(&config)?;
+            trace.mark(Who::Holder, "split the bundle, enter the network");
             let share = Share::make(&dir.path().join("share"))?;
             share.add(id, &host_files)?;
+            trace.mark(Who::Holder, "share the files");
             let booting = Boot {
                 dir: dir.path(),
                 config: &config,
@@ -230,6 +237,7 @@ pub(super) async fn create(
             (share, None, Birth::Joined(joined))
         }
     };
+    trace.mark(Who::Holder, birth.step());
     let (holder, bounds) = match &birth {
         Birth::Boots(_) => (dir.path().to_owned(), bounds),
         Birth::Joined(joined) => (joined.holder.clone(), joined.bounds),
@@ -270,6 +278,7 @@ pub(super) async fn create(
             .spawn(bounds),
         Birth::Joined(joined) => joined.sandbox,
     };
+    trace.mark(Who::Machine, "boot until the agent dials");
     let inside = joining.map(Joining::finish).transpose()?;
 
     let created = async {
@@ -292,14 +301,18 @@ pub(super) async fn create(
         for step in [Step::Grow, Step::Settle] {
             let _ = sandbox.fit(id, step, limits.needs()).await;
         }
+        trace.mark(Who::Holder, "run hooks, connect the network");
         let set_up = set_up(&sandbox, id, request, streams);
         let flowing = unless_abandoned(report, set_up).await??;
+        trace.mark(Who::Machine, "set the container up");
         share.seal(id, &host_files)?;
         let listener = Listener::bind(dir.path())?;
         state.status = Status::Created;
         dir.store(&state)?;
+        trace.mark(Who::Holder, "seal the files, write the state");
         if order.start {
             unless_abandoned(report, sandbox.start(id)).await??;
+            trace.mark(Who::Machine, "start the program");
             state.status = Status::Running;
             dir.store(&state)?;
         }
@@ -317,11 +330,14 @@ pub(super) async fn create(
                 })?,
         };
         report.send(&Report::Ready { pid: state.pid }, &[]).await?;
+        trace.mark(Who::Holder, "report to the caller");
         Ok::<_, CreateError>((flowing, listener, view, premises))
     };
     match created.await {
         Ok((flowing, listener, view, premises)) => {
             drop((inside.map(Inside::stay), cgroup.map(HostCgroup::keep)));
+            // A start that cannot be traced is a start.
+            let _ = trace.append(dir.path());
             let record = Record::new(dir.keep(), state, limits, premises);
             Ok(Live {
                 sandbox,
@@ -373,6 +389,16 @@ enum Birth {
     Boots(Booting),
     /// It is another container's.
     Joined(Joined),
+}
+
+impl Birth {
+    /// What has been done for it.
+    const fn step(&self) -> &'static str {
+        match self {
+            Self::Boots(_) => "start the VMM",
+            Self::Joined(_) => "join the sandbox",
+        }
+    }
 }
 
 /// What is left to follow of streams that flow.

@@ -28,6 +28,7 @@ use crate::{
     state::{State, StateDir, Status},
     stdio::Progress,
     terminal,
+    trace::Trace,
     update::Limits,
     view::View,
 };
@@ -121,6 +122,11 @@ impl Record {
         all
     }
 
+    /// Adds to the trace of the start, which may be lost.
+    pub(super) fn continue_trace(&self, trace: &Trace) {
+        let _ = trace.append(self.0.dir.path());
+    }
+
     /// Where the sandbox is, for those who want to join it.
     pub(super) fn premises(&self) -> &Premises {
         &self.0.premises
@@ -129,6 +135,14 @@ impl Record {
     /// The limits, for whoever changes them.
     pub(super) async fn limits(&self) -> AsyncMutexGuard<'_, Limits> {
         self.0.limits.lock().await
+    }
+
+    /// The container's state as last recorded, and the container that brought its virtual machine.
+    pub(super) fn resident(&self) -> (State, String) {
+        let state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let holder = self.0.premises.holder.file_name();
+        let pod = holder.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        (state.clone(), pod)
     }
 
     /// The sandbox's cgroup on the host.

@@ -18,6 +18,7 @@ use crate::{
     packet::{self, PacketError},
     state::ContainerId,
     terminal::Size,
+    trace::Trace,
 };
 
 /// What `create` and `run` want. Attached: the caller's stdin, stdout and stderr, then the preserved descriptors.
@@ -43,6 +44,9 @@ pub struct Order {
     /// The container can say that it is ready.
     #[serde(default)]
     pub notify: bool,
+    /// The start so far.
+    #[serde(default)]
+    pub trace: Trace,
     /// Where messages go once the caller is gone: file, format, debug.
     pub log: Option<(PathBuf, String, bool)>,
 }

@@ -9,6 +9,7 @@ use super::{
     membership::{self, Premises},
 };
 use crate::{
+    census::{self, Household, Resident},
     control::{Answer, ControlError, Request, attached, read_attached},
     error,
     network::Follower,
@@ -20,6 +21,7 @@ use crate::{
         remote::{self, Question},
     },
     state::Status,
+    trace::{Trace, Who},
     update::{self, ApplyError},
 };
 
@@ -55,7 +57,14 @@ pub(super) async fn connection(
         Request::Start => {
             // Engines connect a created container's namespace, then start it.
             network.settled().await;
-            sandbox.start(&id).await.map(|()| Some(Status::Running))
+            let mut trace = Trace::default();
+            trace.mark(Who::Waiting, "wait for start");
+            let started = sandbox.start(&id).await;
+            if started.is_ok() {
+                trace.mark(Who::Machine, "start the program");
+                record.continue_trace(&trace);
+            }
+            started.map(|()| Some(Status::Running))
         }
         Request::Pause => sandbox.pause(&id).await.map(|()| Some(Status::Paused)),
         // Created, if it has not been started yet.
@@ -86,6 +95,7 @@ pub(super) async fn connection(
             };
             return reply(&packets, &answer, &[]).await;
         }
+        Request::Census { count } => return census(&packets, &sandbox, &record, count).await,
         Request::Ready => sandbox.ready(&id).await.map(|()| None),
         Request::Watch => return watch(&packets, &sandbox, &id).await,
         Request::Premises => {
@@ -117,6 +127,25 @@ pub(super) async fn connection(
         Err(error) => Answer::Failed(in_words(&error)),
     };
     reply(&packets, &answer, &[]).await;
+}
+
+/// Tells of the container.
+async fn census(packets: &Packets, sandbox: &Sandbox, record: &Record, count: bool) {
+    let (state, pod) = record.resident();
+    let runs = matches!(state.status, Status::Running | Status::Paused);
+    let guest = match count && runs {
+        true => sandbox.stats(state.id.as_str()).await.ok().map(Box::new),
+        false => None,
+    };
+    let cgroup = record.cgroup().filter(|_| count);
+    let household = Household {
+        residents: vec![Resident { state, pod, guest }],
+        host: cgroup.and_then(|cgroup| cgroup.stats().ok().map(Box::new)),
+    };
+    match census::file_of(&household) {
+        Ok(file) => reply(packets, &Answer::Census, &[file.as_fd()]).await,
+        Err(error) => reply(packets, &Answer::Failed(error::message(&error)), &[]).await,
+    }
 }
 
 async fn table(packets: &Packets, table: Result<Table, SandboxError>) {

@@ -1,7 +1,8 @@
 //! The server's log: the FIFO `log` in the bundle, which containerd copies into its own.
 //!
 //! Contract: opened for reading and writing, and without blocking: the server neither waits for a containerd that is
-//! away nor notices that it is; a line that the FIFO has no room for is dropped. Lines are logrus's text, as containerd's.
+//! away nor notices that it is; a line that the FIFO has no room for is dropped. Lines are logrus's text, as containerd's,
+//! and name the sandbox, and the container that they are about.
 
 use std::{
     fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc,
@@ -21,11 +22,12 @@ pub(super) struct Logger(Arc<Target>);
 struct Target {
     file: Option<std::fs::File>,
     debug: bool,
+    sandbox: String,
 }
 
 impl Logger {
     /// Opens the log of the sandbox whose bundle is `bundle`; without a FIFO there is none.
-    pub(super) fn open(bundle: &Path, debug: bool) -> Self {
+    pub(super) fn open(bundle: &Path, sandbox: &str, debug: bool) -> Self {
         let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
         let file = OpenOptions::new()
             .read(true)
@@ -35,6 +37,7 @@ impl Logger {
         Self(Arc::new(Target {
             file: file.ok(),
             debug,
+            sandbox: sandbox.to_owned(),
         }))
     }
 
@@ -44,30 +47,45 @@ impl Logger {
         Self(Arc::new(Target {
             file: None,
             debug: false,
+            sandbox: String::new(),
         }))
     }
 
     /// Something failed.
     pub(super) fn error(&self, text: &str) {
-        self.write(Level::Error, text);
+        self.write(Level::Error, text, None);
+    }
+
+    /// Something about one container failed.
+    pub(super) fn error_of(&self, container: &str, text: &str) {
+        self.write(Level::Error, text, Some(container));
     }
 
     /// Something was not done as asked.
     pub(super) fn warning(&self, text: &str) {
-        self.write(Level::Warning, text);
+        self.write(Level::Warning, text, None);
+    }
+
+    /// Something about one container was not done as asked.
+    pub(super) fn warning_of(&self, container: &str, text: &str) {
+        self.write(Level::Warning, text, Some(container));
     }
 
     /// For whoever looks for a fault.
     pub(super) fn debug(&self, text: &str) {
         if self.0.debug {
-            self.write(Level::Debug, text);
+            self.write(Level::Debug, text, None);
         }
     }
 
-    fn write(&self, level: Level, text: &str) {
+    fn write(&self, level: Level, text: &str, container: Option<&str>) {
         if let Some(mut file) = self.0.file.as_ref() {
             // Short of a reader the line is dropped: the log must not change what the server does.
-            let _ = file.write(line(Format::Text, level, text, SystemTime::now()).as_bytes());
+            let about = container.map(|id| ("container", id));
+            let sandbox = ("sandbox", self.0.sandbox.as_str());
+            let fields: Vec<_> = about.into_iter().chain([sandbox]).collect();
+            let line = line(Format::Text, level, text, SystemTime::now(), &fields);
+            let _ = file.write(line.as_bytes());
         }
     }
 }
@@ -83,7 +101,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FIFO);
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
-        let log = Logger::open(dir.path(), false);
+        let log = Logger::open(dir.path(), "s1", false);
         for _ in 0..2000 {
             log.warning(&"x".repeat(100));
         }

@@ -18,6 +18,7 @@
 mod args;
 mod bootstrap;
 mod container;
+mod control;
 mod delete;
 mod error;
 mod events;

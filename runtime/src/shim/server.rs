@@ -20,7 +20,8 @@ use containerd_shim_protos::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
-    args::Args, bootstrap::TTRPC_ADDRESS, events, logger::Logger, service::Service, tasks::Tasks,
+    args::Args, bootstrap::TTRPC_ADDRESS, control, events, logger::Logger, service::Service,
+    tasks::Tasks,
 };
 use crate::{
     monitor::{inherited_socket, runtime},
@@ -35,7 +36,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
 /// Serves the sandbox whose bundle is the working directory.
 pub(super) fn serve(args: &Args) -> ExitCode {
-    let log = Logger::open(Path::new(""), args.debug);
+    let log = Logger::open(Path::new(""), &args.id, args.debug);
     match inherited_socket().and_then(|socket| run(args, socket, &log)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -56,6 +57,7 @@ fn run(args: &Args, socket: OwnedFd, log: &Logger) -> io::Result<()> {
         let tasks = Arc::new(Tasks::new(&args.namespace, publisher, log.clone()));
         let mut server = serving(listener, &tasks)?;
         server.start().await.map_err(io::Error::other)?;
+        control::serve(Path::new("."), &tasks, log);
         log.debug(&format!("serving sandbox {}", args.id));
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {

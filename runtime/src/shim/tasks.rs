@@ -33,9 +33,11 @@ use super::{
 };
 use crate::{
     agent::{AgentError, RefusalKind},
+    cgroup::HostCgroup,
     sandbox::{Event, ExecRequest, INIT, Refused, SandboxError},
     state::Status,
     stats::Stats,
+    trace::{Trace, Who},
     update,
 };
 
@@ -168,7 +170,12 @@ impl Tasks {
     }
 
     async fn start_init(&self, container: &Container) -> Result<(), TaskError> {
+        let mut trace = Trace::default();
+        trace.mark(Who::Waiting, "wait for start");
         container.sandbox.start(&container.id).await?;
+        trace.mark(Who::Machine, "start the program");
+        // It may be lost.
+        let _ = trace.append(Path::new(&container.bundle));
         container.init.set_started();
         if let Err(error) = container.hooks().after_start().await {
             // As runc: such a container must not run. If it cannot be killed its sandbox is ending.
@@ -428,7 +435,7 @@ impl Tasks {
         if !hooks.lists.poststop.is_empty() {
             let failures = tokio::task::spawn_blocking(move || hooks.after_deletion()).await;
             for failure in failures.unwrap_or_default() {
-                self.log.warning(&failure);
+                self.log.warning_of(id, &failure);
             }
         }
         let event = TaskDelete {
@@ -450,6 +457,17 @@ impl Tasks {
         if let Ok(Err(error)) = removed {
             self.log.error(&crate::error::message(&error));
         }
+    }
+
+    /// All containers, in no order.
+    pub(super) fn all(&self) -> Vec<Arc<Container>> {
+        self.containers().values().cloned().collect()
+    }
+
+    /// The container that brought the virtual machine, and the cgroup that holds it.
+    pub(super) fn sandbox_on_host(&self) -> Option<(String, Option<HostCgroup>)> {
+        let pod = self.pod();
+        pod.as_ref().map(|pod| (pod.id.clone(), pod.host_cgroup()))
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {

@@ -35,6 +35,7 @@ use crate::{
     },
     sizing::{self, Bounds, Host, VmSize},
     state::{ContainerId, State, Status, timestamp},
+    trace::{Trace, Who},
     update::Limits,
 };
 
@@ -42,7 +43,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Pod {
     /// Its first container.
-    id: String,
+    pub(super) id: String,
     pub(super) sandbox: Sandbox,
     /// Unmounted when dropped.
     pub(super) share: Share,
@@ -72,7 +73,7 @@ impl Pod {
         self.host_cgroup().map_or(Ok(()), HostCgroup::remove)
     }
 
-    fn host_cgroup(&self) -> Option<HostCgroup> {
+    pub(super) fn host_cgroup(&self) -> Option<HostCgroup> {
         let path = self.cgroup.clone()?;
         Some(HostCgroup::at(path, self.unit.clone()))
     }
@@ -111,16 +112,18 @@ impl Tasks {
         &self,
         request: &CreateTaskRequest,
     ) -> Result<(Container, Flowing), TaskError> {
+        let mut trace = Trace::default();
+        trace.mark(Who::Command, "begin");
         let wanted = Wanted::of(request)?;
+        trace.mark(Who::Holder, "mount the root, check the bundle");
         for warning in &wanted.bundle.warnings {
-            self.log
-                .warning(&format!("container {}: {warning}", wanted.id));
+            self.log.warning_of(wanted.id.as_str(), warning);
         }
         let init = Process::new(INIT, wanted.paths.clone(), Vec::new());
         let there = self.pod().clone();
         let (pod, flowing) = match (&wanted.role, there) {
             (Role::Alone | Role::Sandbox, None) => {
-                let (pod, flowing) = self.first(&wanted, &init).await?;
+                let (pod, flowing) = self.first(&wanted, &init, &mut trace).await?;
                 let pod = Arc::new(pod);
                 *self.pod() = Some(Arc::clone(&pod));
                 (pod, flowing)
@@ -132,6 +135,9 @@ impl Tasks {
             (Role::Member { sandbox }, _) => return Err(TaskError::OtherSandbox(sandbox.clone())),
             (_, Some(_)) => return Err(TaskError::OtherSandbox(wanted.id.to_string())),
         };
+        trace.mark(Who::Machine, "set the container up");
+        // A start that cannot be traced is a start.
+        let _ = trace.append(Path::new(&request.bundle));
         let limits = Limits::new(&wanted.bundle.spec, pod.bounds);
         // A limit is no claim: a machine that cannot get so large is shared by those who are in it.
         for step in [Step::Grow, Step::Settle] {
@@ -152,7 +158,12 @@ impl Tasks {
     }
 
     /// The first container of a sandbox, with the virtual machine.
-    async fn first(&self, wanted: &Wanted, init: &Process) -> Result<(Pod, Flowing), TaskError> {
+    async fn first(
+        &self,
+        wanted: &Wanted,
+        init: &Process,
+        trace: &mut Trace,
+    ) -> Result<(Pod, Flowing), TaskError> {
         let Wanted {
             bundle, config, id, ..
         } = wanted;
@@ -165,6 +176,7 @@ impl Tasks {
         let bounds = Bounds::of(size, config, host_has);
         let lock = locked(&bundle.path)?;
         let cgroup = wanted.cgroup(&sized, size)?;
+        trace.mark(Who::Holder, "make the cgroup");
         let mut part = wanted.part();
         let share = Share::make(&bundle.path.join("share"))?;
         share.add(id.as_str(), &part.files)?;
@@ -173,6 +185,7 @@ impl Tasks {
             let network = network.insert(Network::beside(path, &bundle.path)?);
             networks = network.boot(config)?;
         }
+        trace.mark(Who::Holder, "share the files, enter the network");
         let booting = Boot {
             dir: &bundle.path,
             config,
@@ -189,7 +202,9 @@ impl Tasks {
             cgroup.leave()?;
         }
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
+        trace.mark(Who::Holder, "start the VMM");
         let sandbox = booting.ready().await?.spawn(bounds);
+        trace.mark(Who::Machine, "boot until the agent dials");
         part.network = network.as_ref().map(Network::whole).unwrap_or_default();
         match wanted.set_up(init, &sandbox, &share, part, streams).await {
             Ok(Created { flowing, guest_pid }) => {

@@ -43,9 +43,7 @@ impl Tasks {
             let _ = tokio::time::timeout(LAST_OUTPUT, flowing.reached(ending.output)).await;
             let _after_its_start = process.gate.lock().await;
             if let Some(why) = ending.lost {
-                tasks
-                    .log
-                    .error(&format!("container {}: {why}", container.id));
+                tasks.log.error_of(&container.id, &why);
             }
             if ending.oom_killed && !container.told_of_oom.load(Ordering::Relaxed) {
                 tasks.tell_of_oom(&container);
