@@ -106,6 +106,7 @@ fn inbox() -> &'static Inbox {
 /// A case in which this process listens for events already.
 pub(crate) fn begin() -> Case {
     inbox();
+    fs::create_dir_all(sockets()).expect("directory");
     crate::daemon::begin()
 }
 
@@ -150,7 +151,7 @@ impl<'c> Driver<'c> {
             Form::Address => call.env("MAX_SHIM_VERSION", "2"),
             Form::Json => call
                 .env("MAX_SHIM_VERSION", "3")
-                .env("SHIM_SOCKET_DIR", self.sockets()),
+                .env("SHIM_SOCKET_DIR", sockets()),
             Form::Message => return call.env("MAX_SHIM_VERSION", "3").finish(),
         };
         call.env("TTRPC_ADDRESS", &inbox().address).finish()
@@ -167,15 +168,10 @@ impl<'c> Driver<'c> {
             containerd_version: "2.3.0".to_owned(),
             containerd_ttrpc_address: inbox().address.clone(),
             containerd_grpc_address: grpc.to_string_lossy().into_owned(),
-            socket_dir: Some(self.sockets().to_string_lossy().into_owned()),
+            socket_dir: Some(sockets().to_string_lossy().into_owned()),
             ..Default::default()
         };
         params.write_to_bytes().expect("parameters")
-    }
-
-    /// Where sockets go if this containerd says so.
-    fn sockets(&self) -> PathBuf {
-        self.case.dir().join("s")
     }
 
     /// The address in an answer, read as this containerd reads it.
@@ -197,7 +193,7 @@ impl<'c> Driver<'c> {
             }
         };
         assert_eq!((version, protocol.as_str()), (Some(3), "ttrpc"));
-        let sockets = format!("unix://{}/", self.sockets().display());
+        let sockets = format!("unix://{}/", sockets().display());
         assert!(address.starts_with(&sockets), "{address}");
         address
     }
@@ -244,6 +240,11 @@ impl Drop for Driver<'_> {
             Pid::from_raw(shim.pid).map(|pid| wait_for_exit(pid, LAST));
         }
     }
+}
+
+/// Where sockets go if a containerd says so. A case's own directory would be too long a path for a socket.
+fn sockets() -> PathBuf {
+    std::env::temp_dir().join(format!("s-{}", std::process::id()))
 }
 
 /// The shim of the runtime under test.
