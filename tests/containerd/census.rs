@@ -1,4 +1,4 @@
-//! All sandboxes of a host, whichever door they came in by: `list --all`, `metrics --all`.
+//! All sandboxes of a host, whichever door they came in by: `list --all`, `metrics --all`, `trace`.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -82,6 +82,24 @@ fn every_sandbox_of_the_host_is_listed_and_counted() {
             "{id} {side}: {}",
             metrics.text()
         );
+    }
+
+    for (id, first) in [("cli", true), ("sandbox", true), ("a", false)] {
+        let picture = case.call(["trace", id]).succeed();
+        for step in [
+            "set the container up",
+            "wait for start",
+            "start the program",
+        ] {
+            assert!(picture.text().contains(step), "{}", picture.text());
+        }
+        let boots = picture.text().contains("boot until the agent dials");
+        assert_eq!(boots, first, "{id}: {}", picture.text());
+        let events = case.call(["trace", "--format", "chrome", id]).succeed();
+        let events: Value = serde_json::from_slice(&events.stdout).expect("JSON");
+        let steps = events["traceEvents"].as_array().expect("events").iter();
+        let steps = steps.filter(|event| event["ph"] == "X");
+        assert!(steps.count() >= 4, "{events}");
     }
 
     let socket = case.dir().join("metrics.sock");
