@@ -88,8 +88,8 @@ impl Options {
 /// The path and the text of a `runtimeoptions.v1.Options`.
 fn generic(bytes: &[u8]) -> protobuf::Result<(String, String)> {
     /// Field numbers with their wire type: length-delimited.
-    const CONFIG_PATH: u32 = 2 << 3 | 2;
-    const CONFIG_BODY: u32 = 3 << 3 | 2;
+    const CONFIG_PATH: u32 = (2 << 3) | 2;
+    const CONFIG_BODY: u32 = (3 << 3) | 2;
     let (mut path, mut text) = (String::new(), String::new());
     let mut input = CodedInputStream::from_bytes(bytes);
     while let Some(tag) = input.read_raw_tag_or_eof()? {
