@@ -204,7 +204,8 @@ pub enum Request {
         /// Rounded up to 2 MiB.
         extra: MiB,
     },
-    /// Have so many vCPUs, from the first on; none is ever taken away. Answered by [`Event::Vcpus`] or [`Event::Failed`].
+    /// Have so many vCPUs, from the first on: those that the guest boots with and those that it knows of are there already;
+    /// none is ever taken away. Answered by [`Event::Vcpus`] or [`Event::Failed`].
     Vcpus {
         /// At most [`VmSpec::most_vcpus`].
         count: u8,

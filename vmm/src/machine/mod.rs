@@ -194,7 +194,9 @@ fn start(
         },
     )?;
 
-    let vcpus = vm.vcpus(0..spec.vcpus, most_vcpus, entry)?;
+    // The kernel starts every processor once when it boots, those that are to be offline included, and waits ten seconds
+    // for one that does not exist.
+    let vcpus = vm.vcpus(0..most_vcpus, most_vcpus, entry)?;
     let wiring = Box::new(Wiring {
         vm: vm.clone(),
         ending: ending.clone(),
