@@ -80,7 +80,7 @@ engines: build lab ## Run the tests with podman and Docker; ARGS chooses tests
 
 # 200 cycles of pods take an hour on an emulated processor. The kubelet's cgroup driver is cgroupfs, then, for those tests
 # that are about cgroups and ends, systemd.
-SYSTEMD_TESTS := cri_systemd bootstrap stats_count limits_change oom_killed init_container started_anew cri_deaths
+SYSTEMD_TESTS := cri_systemd bootstrap stats_count limits_change oom_killed init_container
 POD_CYCLES ?= 10
 PODS ?= 8
 .PHONY: containerd
