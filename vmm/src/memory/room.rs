@@ -262,8 +262,9 @@ mod tests {
         assert_eq!(room.reach(), CHUNK_BYTES);
         assert!(!room.covers(at(0), 1) && room.chunk(0).is_some() && room.chunk(1).is_none());
         room.mark(1..3, true);
-        assert!(room.covers(at(BLOCK_BYTES), 2 * BLOCK_BYTES as usize));
-        assert!(!room.covers(at(BLOCK_BYTES), 2 * BLOCK_BYTES as usize + 1));
+        let both = usize::try_from(2 * BLOCK_BYTES).unwrap();
+        assert!(room.covers(at(BLOCK_BYTES), both));
+        assert!(!room.covers(at(BLOCK_BYTES), both + 1));
         assert!(!room.covers(at(BLOCK_BYTES - 1), 2));
         assert!(room.find(at(BLOCK_BYTES)).is_some() && room.find(at(3 * BLOCK_BYTES)).is_none());
         assert!(!room.covers(GuestAddress(room.start() - 1), 2) && !room.covers(at(GIB), 1));
@@ -279,7 +280,7 @@ mod tests {
         let room = room();
         room.reach_to(CHUNK_BYTES).unwrap();
         let (_, host) = room.chunk(0).unwrap();
-        let byte = std::ptr::with_exposed_provenance_mut::<u8>(host as usize);
+        let byte = std::ptr::with_exposed_provenance_mut::<u8>(usize::try_from(host).unwrap());
         // SAFETY: the chunk is mapped, and nothing else looks at it.
         unsafe { byte.write(7) };
         room.release(0..1);
