@@ -98,7 +98,7 @@ cgroup-v1: build lab ## Run the tests that touch the host's cgroups with cgroup 
 	LAB=$(CURDIR)/$(LAB) tests/run cgroup-v1 $(or $(ARGS),host:: resources::)
 
 .PHONY: test
-test: lint unit e2e cgroup-v1 systemd containerd ## Build and pass all tests (`make engines` has those with podman and Docker)
+test: lint unit e2e cgroup-v1 systemd ## Build and pass all tests (with `make containerd` and `make engines` those of other people's programs)
 
 .PHONY: demo
 demo: build lab ## Run a real container: a Debian root file system, Python, SQLite
