@@ -28,7 +28,19 @@ impl<'a> User<'a> {
     fn of(case: &'a Case) -> Self {
         fs::create_dir_all(case.root()).expect("state directory");
         chown(case.root(), Some(USER), Some(USER)).expect("chown");
+        if runtime() == "caisson" {
+            install(case);
+        }
         Self(case)
+    }
+
+    /// The runtime's program.
+    fn runtime(&self) -> String {
+        if runtime() == "caisson" {
+            self.0.dir().join("caisson").display().to_string()
+        } else {
+            runtime()
+        }
     }
 
     /// A program as the user runs it, with these groups besides his own.
@@ -44,7 +56,7 @@ impl<'a> User<'a> {
     }
 
     fn call_in<const N: usize>(&self, groups: &str, args: [&str; N]) -> Call {
-        self.program_in(groups, &runtime())
+        self.program_in(groups, &self.runtime())
             .args(["--root".as_ref(), self.0.root().as_os_str()])
             .args(args)
     }
@@ -55,7 +67,7 @@ impl<'a> User<'a> {
         fs::remove_file(bundle.dir().join("config.json")).expect("config.json");
         let all = self.0.program("chown").args(["-R", "1000:1000"]);
         all.args([bundle.dir()]).succeed();
-        let spec = self.program_in("104", &runtime());
+        let spec = self.program_in("104", &self.runtime());
         spec.args(["spec", "--rootless", "-b"])
             .args([bundle.dir()])
             .succeed();
@@ -80,6 +92,30 @@ impl<'a> User<'a> {
         let pid = fs::read_to_string(pid_file).expect("pid file");
         Pid::from_raw(pid.trim().parse().expect("a pid")).expect("a pid")
     }
+}
+
+/// Puts the programs and the guest's files where the user may read them: the repository may be in a place of root's own.
+fn install(case: &Case) {
+    let config = case.dir().join("config.toml");
+    let install = |from: &Path| {
+        let to = case.dir().join(from.file_name().expect("a name"));
+        fs::copy(from, &to).expect("copy");
+        to
+    };
+    let text = fs::read_to_string(&config).expect("config.toml");
+    let lines = text.lines().map(|line| match line.split_once(" = ") {
+        Some((key @ ("kernel" | "initramfs" | "vmm"), path)) => {
+            let from: String = serde_json::from_str(path).expect("a path");
+            let from = Path::new(&from);
+            if key == "vmm" {
+                install(&from.with_file_name("caisson"));
+            }
+            format!("{key} = {:?}\n", install(from))
+        }
+        _ => format!("{line}\n"),
+    });
+    let text: String = lines.collect();
+    fs::write(config, text).expect("config.toml");
 }
 
 /// The subordinate users and groups follow the container's root.
@@ -197,9 +233,9 @@ fn what_is_missing_is_said() {
     let refused = user.run(&ranged).finish();
     refused.is_refusal("map users 1000, 300000-365535: newuidmap: ");
     refused.is_refusal("/etc/subuid");
-    let script = "runtime=$(command -v caisson); PATH=/nonexistent; exec $runtime \"$@\"";
+    let script = "PATH=/nonexistent; exec \"$@\"";
     user.program_in("104", "/bin/sh")
-        .args(["-c", script, "sh", "--root"])
+        .args(["-c", script, "sh", &user.runtime(), "--root"])
         .args([case.root()])
         .args(["run", "-b"])
         .args([ranged.dir()])
