@@ -13,8 +13,7 @@
 //! Spec: Linux, Documentation/admin-guide/cgroup-v2.rst; runc 1.1, libcontainer/cgroups/fs2.
 
 use std::{
-    fs,
-    io::{self, Write},
+    fs, io,
     os::{fd::OwnedFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
     time::Duration,
@@ -24,7 +23,7 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
-    io::{Errno, retry_on_intr},
+    io::retry_on_intr,
 };
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +34,8 @@ use crate::{
     stats::{self, Files, Stats, StatsError},
 };
 
+mod error;
+mod files;
 mod limits;
 mod place;
 mod properties;
@@ -42,8 +43,11 @@ mod scope;
 mod systemd;
 mod v1;
 
+use files::{controllers, hand_down, is_gone, populated, remove_tree, rewound, write_existing};
 use scope::Scope;
 
+pub use error::CgroupError;
+pub use files::is_v2;
 pub use limits::{HOST_OVERHEAD, Limit};
 pub use systemd::SystemdError;
 
@@ -56,93 +60,6 @@ const COUNTING: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// How long killed processes may take to leave a cgroup.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
-
-/// Why the host's cgroup cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum CgroupError {
-    /// systemd makes scopes of the first version in other ways.
-    #[error(
-        "systemd cgroups are not supported on a host with cgroup v1: boot it with systemd.unified_cgroup_hierarchy=1"
-    )]
-    SystemdV1,
-    /// systemd does not do its part.
-    #[error(transparent)]
-    Systemd(#[from] SystemdError),
-    /// A path that means nothing to systemd.
-    #[error(
-        "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got {path:?} instead"
-    )]
-    NoUnit {
-        /// As given.
-        path: PathBuf,
-    },
-    /// A slice that cannot be.
-    #[error("invalid slice name: {0}")]
-    Slice(String),
-    /// A unit that cannot hold a sandbox.
-    #[error("linux.cgroupsPath: {0:?} is not the name of a scope")]
-    Unit(String),
-    /// An annotation that is no property.
-    #[error("annotation org.systemd.property.{name}: {value:?} is not the value of a property")]
-    Annotation {
-        /// The rest of its name.
-        name: String,
-        /// As given.
-        value: String,
-    },
-    /// A path that would leave the hierarchy, or means systemd.
-    #[error("linux.cgroupsPath {path:?} is not a path below {ROOT}")]
-    Path {
-        /// As given.
-        path: PathBuf,
-    },
-    /// Somebody else's processes are in it.
-    #[error("cgroup {path} is not empty: it belongs to somebody else", path = path.display())]
-    Populated {
-        /// Its directory.
-        path: PathBuf,
-    },
-    /// Killed processes did not go.
-    #[error("cgroup {path} still has processes {seconds} s after they were killed", path = path.display(), seconds = LEAVE_LIMIT.as_secs())]
-    Stuck {
-        /// Its directory.
-        path: PathBuf,
-    },
-    /// A limit is refused by the kernel.
-    #[error("write {value:?} to {path}", path = path.display())]
-    Limit {
-        /// The file.
-        path: PathBuf,
-        /// What was written.
-        value: String,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// Something was asked that needs a cgroup, by a caller without the right to make one.
-    #[error("rootless needs no limits + no cgrouppath when no permission is granted for cgroups")]
-    Unpermitted(#[source] Box<Self>),
-    /// A file or directory operation failed.
-    #[error("{step} {path}", path = path.display())]
-    Io {
-        /// What was tried.
-        step: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        source: io::Error,
-    },
-}
-
-impl CgroupError {
-    /// Whether the caller lacks the rights.
-    fn is_permission(&self) -> bool {
-        use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
-        let (Self::Io { source, .. } | Self::Limit { source, .. }) = self else {
-            return false;
-        };
-        matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem)
-    }
-}
 
 /// What is to be written on the host when a container's limits change to `all`; `change` says which.
 pub fn limits_of_change(change: &LinuxResources, all: &LinuxResources, size: VmSize) -> Vec<Limit> {
@@ -560,116 +477,9 @@ fn go_without(spec: &Spec, error: CgroupError) -> Result<(), CgroupError> {
     Ok(())
 }
 
-/// What the files of a cgroup say when it is removed.
-fn is_gone(error: &io::Error) -> bool {
-    let codes = [Errno::NOENT, Errno::NODEV].map(|errno| Some(errno.raw_os_error()));
-    codes.contains(&error.raw_os_error())
-}
-
-fn rewound(mut file: &fs::File) -> io::Result<&fs::File> {
-    use io::Seek;
-    file.rewind()?;
-    Ok(file)
-}
-
-/// Whether this host has the second version, and nothing else.
-pub fn is_v2() -> bool {
-    const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
-    rustix::fs::statfs(ROOT).is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(CGROUP2_SUPER_MAGIC))
-}
-
-fn populated(events: &str) -> bool {
-    events.lines().any(|line| line == "populated 1")
-}
-
-/// The controllers that a cgroup with these limits needs.
-fn controllers(limits: &[limits::Limit]) -> Vec<&'static str> {
-    let mut all = COUNTING.to_vec();
-    let named = limits
-        .iter()
-        .filter_map(|limit| limit.file.split('.').next());
-    all.extend(named.filter(|name| !COUNTING.contains(name)));
-    all.dedup();
-    all
-}
-
-fn hand_down(path: &Path, wanted: &[&str]) {
-    let file = path.join("cgroup.subtree_control");
-    let Ok(has) = fs::read_to_string(path.join("cgroup.controllers")) else {
-        return;
-    };
-    let down = fs::read_to_string(&file).unwrap_or_default();
-    let missing = missing(wanted, &has, &down);
-    if !missing.is_empty() && write_existing(&file, &missing.concat()).is_err() {
-        // One that the kernel refuses must not keep the others from being handed down.
-        for controller in missing {
-            drop(write_existing(&file, &controller));
-        }
-    }
-}
-
-/// What to write for the controllers that a cgroup has and does not hand down yet.
-fn missing(wanted: &[&str], has: &str, down: &str) -> Vec<String> {
-    let is_in = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
-    let missing = wanted
-        .iter()
-        .filter(|name| is_in(has, name) && !is_in(down, name));
-    missing.map(|name| format!("+{name} ")).collect()
-}
-
-/// Not `fs::write`: a cgroup's files are neither made nor truncated, and take a value in one write.
-fn write_existing(file: &Path, value: &str) -> io::Result<()> {
-    let mut file = fs::OpenOptions::new().write(true).open(file)?;
-    file.write_all(value.as_bytes())
-}
-
-/// Removes a cgroup and those below it. Their files go with them.
-fn remove_tree(path: &Path) -> io::Result<()> {
-    let listing = match fs::read_dir(path) {
-        Ok(listing) => listing,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    for entry in listing {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
-        }
-    }
-    match rustix::fs::rmdir(path) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_what_is_wanted_there_and_missing_is_handed_down() {
-        let all = missing(&COUNTING, "cpuset cpu io memory hugetlb pids\n", "memory\n");
-        assert_eq!(all.concat(), "+cpu +io +pids ");
-        assert!(missing(&COUNTING, "", "").is_empty());
-    }
-
-    #[test]
-    fn a_limit_brings_its_controller() {
-        let limit = |file| limits::Limit {
-            file,
-            value: String::new(),
-            first_version: Vec::new(),
-        };
-        assert_eq!(
-            controllers(&[limit("memory.max"), limit("cpu.max")]),
-            COUNTING
-        );
-        let sets = [limit("cpuset.cpus"), limit("cpuset.mems")];
-        assert_eq!(
-            controllers(&sets),
-            ["cpu", "io", "memory", "pids", "cpuset"]
-        );
-    }
 
     #[test]
     fn making_and_dropping_leaves_what_was_there_before() {
@@ -704,7 +514,7 @@ mod tests {
         let denied = || CgroupError::Io {
             step: "make",
             path: "/sys/fs/cgroup/c1".into(),
-            source: Errno::ROFS.into(),
+            source: rustix::io::Errno::ROFS.into(),
         };
         assert!(denied().is_permission());
         let asking = |resources: &str| {

@@ -1,133 +1,64 @@
 //! From an order to a created container: the steps of `create`, each undone if a later one fails.
 
-use std::{
-    fs,
-    future::Future,
-    io,
-    os::fd::OwnedFd,
-    path::PathBuf,
-    thread::{self, JoinHandle},
-    time::SystemTime,
-};
+mod error;
+mod joining;
+mod streams;
+
+use std::{future::Future, os::fd::OwnedFd, time::SystemTime};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::Mode;
 
+use self::{
+    joining::{Inside, Joining},
+    streams::{Streams, caller_files, set_console_size, set_up, streams},
+};
 use super::{
-    doors::Door,
     hooks::HostHooks,
     live::{Live, Record},
     membership::{Joined, Premises, Sharer},
     order::{Go, Order, Report},
 };
 use crate::{
-    boot::{Boot, StartError},
-    bundle::{Bundle, BundleError, Caller},
-    cgroup::{self, CgroupError, HostCgroup},
-    config::{AnnotationError, Config, ConfigError},
-    control::{ControlError, Listener},
+    boot::Boot,
+    bundle::{Bundle, Caller},
+    cgroup::HostCgroup,
+    config::Config,
+    control::Listener,
     forwarded::Signals,
-    guest_spec,
-    identities::{self, Identities, IdentityError},
-    log::{Log, LogError},
-    network::{Network, NetworkError, UserNetwork, resolver},
-    packet::{PacketError, Packets},
+    guest_spec::{self, HostFiles},
+    identities::{self, Identities},
+    log::Log,
+    network::{Network, UserNetwork, resolver},
+    packet::Packets,
     preserved,
-    sandbox::{
-        Activation, BootError, Booting, CreateRequest, Sandbox, SandboxError, Started, Step, Wanted,
-    },
-    share::{self, Share, ShareError},
+    sandbox::{Activation, Booting, CreateRequest, Step, Wanted},
+    share::{self, Share},
     shm,
-    sizing::{self, Bounds, Host, SizingError},
-    state::{State, StateDir, StateError, Status, timestamp},
-    stdio::{self, Progress},
-    terminal::{self, Size, TerminalError},
-    trace::Who,
+    sizing::{self, Bounds, Host, VmSize},
+    state::{State, StateDir, Status, timestamp},
+    trace::{Trace, Who},
     update::Limits,
-    view::{self, View, ViewError},
-    vmm::{self, VmmError},
+    view::{self, View},
+    vmm,
 };
 
-/// Why a container was not created.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CreateError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Annotation(#[from] AnnotationError),
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
-    #[error(transparent)]
-    Sizing(#[from] SizingError),
-    #[error(transparent)]
-    State(#[from] StateError),
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    #[error("start the virtual machine")]
-    Kvm(#[from] VmmError),
-    #[error(transparent)]
-    Share(#[from] ShareError),
-    #[error(transparent)]
-    Start(#[from] StartError),
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    #[error(transparent)]
-    View(#[from] ViewError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error("unable to start container process")]
-    Sandbox(#[from] SandboxError),
-    #[error(transparent)]
-    Terminal(#[from] TerminalError),
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    #[error(transparent)]
-    Log(#[from] LogError),
-    #[error("write the guest's specification")]
-    Spec(#[source] serde_json::Error),
-    #[error("report to the caller")]
-    Report(#[from] PacketError),
-    #[error("{step}")]
-    Host {
-        step: &'static str,
-        source: io::Error,
-    },
-    #[error("the caller is gone")]
-    Abandoned,
+pub(super) use error::CreateError;
+
+/// An order that can be carried out, as far as can be seen without changing anything.
+struct Checked {
+    log: Option<Log>,
+    config: Config,
+    bundle: Bundle,
+    /// The container whose sandbox is joined.
+    joins: Option<Sharer>,
+    /// Of an ordinary user's sandbox.
+    identities: Option<Identities>,
+    size: VmSize,
+    bounds: Bounds,
 }
 
-/// The caller's descriptors, as attached to the order.
-#[derive(Debug)]
-pub(super) struct CallerFiles {
-    pub(super) stdin: OwnedFd,
-    pub(super) stdout: OwnedFd,
-    pub(super) stderr: OwnedFd,
-    /// From 3 upwards.
-    pub(super) preserved: Vec<OwnedFd>,
-}
-
-/// Where the container's standard streams go.
-struct Streams {
-    stdin: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-    preserved: Vec<OwnedFd>,
-    /// The terminal whose size the container's follows.
-    terminal: Option<OwnedFd>,
-    size: Option<Size>,
-}
-
-/// Creates the container, and starts it if that was ordered.
-pub(super) async fn create(
-    order: Order,
-    fds: Vec<OwnedFd>,
-    report: &Packets,
-) -> Result<Live, CreateError> {
-    let mut trace = order.trace.clone();
-    trace.mark(Who::Holder, "start the monitor");
-    let files = caller_files(fds)?;
+fn check(order: &Order) -> Result<Checked, CreateError> {
     let log = match &order.log {
         Some((path, format, debug)) => Some(Log::open(Some(path), format, *debug)?),
         None => None,
@@ -145,14 +76,41 @@ pub(super) async fn create(
     if identities.is_some() {
         vmm::may_use_kvm()?;
     }
-    let caller = Caller {
+    bundle.check_terminal(Caller {
         detach: order.detach,
         console_socket: order.console_socket.is_some(),
-    };
-    bundle.check_terminal(caller)?;
+    })?;
     let host_has = Host::detect();
     let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, host_has)?;
-    let bounds = Bounds::of(size, &config, host_has);
+    Ok(Checked {
+        log,
+        bounds: Bounds::of(size, &config, host_has),
+        config,
+        bundle,
+        joins,
+        identities,
+        size,
+    })
+}
+
+/// Creates the container, and starts it if that was ordered.
+pub(super) async fn create(
+    order: Order,
+    fds: Vec<OwnedFd>,
+    report: &Packets,
+) -> Result<Live, CreateError> {
+    let mut trace = order.trace.clone();
+    trace.mark(Who::Holder, "start the monitor");
+    let files = caller_files(fds)?;
+    let Checked {
+        log,
+        config,
+        bundle,
+        joins,
+        identities,
+        size,
+        bounds,
+    } = check(&order)?;
     trace.mark(Who::Holder, "check the bundle");
     // Nothing so far has left anything. The session's end is this process's own from here on.
     rustix::process::setsid().map_err(host("leave the caller's session"))?;
@@ -208,29 +166,17 @@ pub(super) async fn create(
     })?;
     let (share, mut network, birth) = match &joins {
         None => {
-            share::enter_private_namespace()?;
-            let mut network = Network::enter(bundle.network_path(), dir.path())?;
-            if let Some(user_network) = user_network.flatten() {
-                network.add_user_network(user_network)?;
-            }
-            let networks = network.boot(&config)?;
-            trace.mark(Who::Holder, "split the bundle, enter the network");
-            let share = Share::make(&dir.path().join("share"))?;
-            share.add(id, &host_files)?;
-            trace.mark(Who::Holder, "share the files");
-            let booting = Boot {
-                dir: dir.path(),
+            let ground = Ground {
+                id,
+                dir: &dir,
                 config: &config,
-                vm: bundle.vm.as_ref(),
+                bundle: &bundle,
                 bounds,
-                memory_policy: bundle.memory_policy(),
-                share: &share,
                 cgroup: cgroup.as_ref(),
-                networks,
-                spare_networks: network.spare(),
+                host_files: &host_files,
             };
-            let birth = Birth::Boots(booting.start()?);
-            (share, Some(network), birth)
+            let (share, network, booting) = ground.boot(user_network.flatten(), &mut trace)?;
+            (share, Some(network), Birth::Boots(booting))
         }
         Some(sharer) => {
             let (share, joined) = sharer.join(id, &mut guest, &host_files)?;
@@ -252,26 +198,7 @@ pub(super) async fn create(
     if order.notify {
         guest_spec::add_notify_socket(&mut guest, id);
     }
-    let listening = preserved::listening(&streams.preserved);
-    let listening = listening.map_err(|source| CreateError::Host {
-        step: "examine the listening sockets",
-        source,
-    })?;
-    let mut request = CreateRequest {
-        spec: serde_json::to_vec(&guest).map_err(CreateError::Spec)?,
-        bundle: bundle.path.to_string_lossy().into_owned(),
-        wanted: Wanted::all(
-            streams.terminal.is_some(),
-            // As many as a packet carries at most.
-            u32::try_from(streams.preserved.len()).unwrap_or(0),
-        ),
-        network: Default::default(),
-        shared_memory_bytes,
-        activation: Activation {
-            listening,
-            notify: order.notify,
-        },
-    };
+    let mut request = request(&guest, &bundle, &streams, shared_memory_bytes, order.notify)?;
     let sandbox = match birth {
         Birth::Boots(booting) => unless_abandoned(report, booting.ready())
             .await??
@@ -361,6 +288,77 @@ pub(super) async fn create(
     }
 }
 
+/// What a sandbox of the container's own stands on.
+struct Ground<'a> {
+    id: &'a str,
+    dir: &'a StateDir,
+    config: &'a Config,
+    bundle: &'a Bundle,
+    bounds: Bounds,
+    cgroup: Option<&'a HostCgroup>,
+    host_files: &'a HostFiles,
+}
+
+impl Ground<'_> {
+    /// Starts its virtual machine. This process, which has one thread, is in the container's network namespace afterwards.
+    fn boot(
+        &self,
+        user_network: Option<UserNetwork>,
+        trace: &mut Trace,
+    ) -> Result<(Share, Network, Booting), CreateError> {
+        share::enter_private_namespace()?;
+        let mut network = Network::enter(self.bundle.network_path(), self.dir.path())?;
+        if let Some(user_network) = user_network {
+            network.add_user_network(user_network)?;
+        }
+        let networks = network.boot(self.config)?;
+        trace.mark(Who::Holder, "split the bundle, enter the network");
+        let share = Share::make(&self.dir.path().join("share"))?;
+        share.add(self.id, self.host_files)?;
+        trace.mark(Who::Holder, "share the files");
+        let boot = Boot {
+            dir: self.dir.path(),
+            config: self.config,
+            vm: self.bundle.vm.as_ref(),
+            bounds: self.bounds,
+            memory_policy: self.bundle.memory_policy(),
+            share: &share,
+            cgroup: self.cgroup,
+            networks,
+            spare_networks: network.spare(),
+        };
+        let booting = boot.start()?;
+        Ok((share, network, booting))
+    }
+}
+
+/// What the guest is asked for; its network is known later.
+fn request(
+    guest: &Spec,
+    bundle: &Bundle,
+    streams: &Streams,
+    shared_memory_bytes: Option<u64>,
+    notify: bool,
+) -> Result<CreateRequest, CreateError> {
+    let listening = preserved::listening(&streams.preserved);
+    let listening = listening.map_err(|source| CreateError::Host {
+        step: "examine the listening sockets",
+        source,
+    })?;
+    Ok(CreateRequest {
+        spec: serde_json::to_vec(guest).map_err(CreateError::Spec)?,
+        bundle: bundle.path.to_string_lossy().into_owned(),
+        wanted: Wanted::all(
+            streams.terminal.is_some(),
+            // As many as a packet carries at most.
+            u32::try_from(streams.preserved.len()).unwrap_or(0),
+        ),
+        network: Default::default(),
+        shared_memory_bytes,
+        activation: Activation { listening, notify },
+    })
+}
+
 /// The network of a container that is to have the caller's.
 async fn user_network(
     config: &Config,
@@ -401,216 +399,6 @@ impl Birth {
     }
 }
 
-/// What is left to follow of streams that flow.
-struct Flowing {
-    /// Init, in the guest.
-    guest_pid: u32,
-    terminal: Option<OwnedFd>,
-    /// Standard output and standard error.
-    progress: [Option<Progress>; 2],
-    /// Those descriptors from 3 upwards that the guest writes to.
-    preserved: Vec<Progress>,
-    /// Those that listen.
-    doors: Vec<Door>,
-}
-
-/// The container in the guest, its streams flowing.
-async fn set_up(
-    sandbox: &Sandbox,
-    id: &str,
-    request: CreateRequest,
-    streams: Streams,
-) -> Result<Flowing, CreateError> {
-    let listening = request.activation.listening.clone();
-    let Started {
-        pid: guest_pid,
-        streams: guest_ends,
-    } = sandbox.create(id, request).await?;
-    let failed = |source| CreateError::Host {
-        step: "pass the standard streams on",
-        source,
-    };
-    if let Some(questions) = guest_ends.resolver {
-        // What goes wrong there is a question without an answer.
-        tokio::spawn(resolver::relay(questions));
-    }
-    if let Some(stdin) = guest_ends.stdin {
-        stdio::input(streams.stdin, stdin).map_err(failed)?;
-    }
-    let output = |from: Option<OwnedFd>, to| from.map(|from| stdio::output(from, to)).transpose();
-    let stdout = output(guest_ends.stdout, streams.stdout).map_err(failed)?;
-    let stderr = output(guest_ends.stderr, streams.stderr).map_err(failed)?;
-    let (mut ours, mut theirs, mut doors) = (Vec::new(), Vec::new(), Vec::new());
-    for ((socket, stream), index) in streams
-        .preserved
-        .into_iter()
-        .zip(guest_ends.preserved)
-        .zip(0..)
-    {
-        match listening.iter().find(|listening| listening.index == index) {
-            Some(listening) => doors.push(Door {
-                socket,
-                port: listening.vsock_port,
-            }),
-            None => {
-                ours.push(socket);
-                theirs.push(stream);
-            }
-        }
-    }
-    let preserved = preserved::join(ours, theirs).map_err(|source| CreateError::Host {
-        step: "pass the preserved descriptors on",
-        source,
-    })?;
-    Ok(Flowing {
-        guest_pid,
-        terminal: streams.terminal,
-        progress: [stdout, stderr],
-        preserved,
-        doors,
-    })
-}
-
-/// Decides what stands for the container's terminal, and gets hold of it.
-async fn streams(
-    files: CallerFiles,
-    order: &Order,
-    guest: &Spec,
-    report: &Packets,
-) -> Result<Streams, CreateError> {
-    let CallerFiles {
-        stdin,
-        stdout,
-        stderr,
-        preserved,
-    } = files;
-    let process = guest.process().as_ref();
-    if !process
-        .and_then(|process| process.terminal())
-        .unwrap_or(false)
-    {
-        return Ok(Streams {
-            stdin,
-            stdout,
-            stderr,
-            preserved,
-            terminal: None,
-            size: None,
-        });
-    }
-    let twin = |fd: &OwnedFd| {
-        fd.try_clone().map_err(|source| CreateError::Host {
-            step: "share the terminal",
-            source,
-        })
-    };
-    let asked = process
-        .and_then(|process| process.console_size())
-        .and_then(|size| {
-            Some((
-                u16::try_from(size.height()).ok()?,
-                u16::try_from(size.width()).ok()?,
-            ))
-        });
-    if let Some(socket) = &order.console_socket {
-        let slave = terminal::behind_console_socket(socket, asked)?;
-        let (stdin, stdout) = (twin(&slave)?, twin(&slave)?);
-        return Ok(Streams {
-            stdin,
-            stdout,
-            stderr,
-            preserved,
-            size: asked,
-            terminal: Some(slave),
-        });
-    }
-    report.send(&Report::Terminal, &[]).await?;
-    let size = go(report).await?.size;
-    let terminal = [&stdout, &stdin, &stderr]
-        .into_iter()
-        .find(|fd| rustix::termios::isatty(fd));
-    // Without any terminal among them the size cannot change either; any descriptor will do.
-    let terminal = Some(twin(terminal.unwrap_or(&stderr))?);
-    Ok(Streams {
-        stdin,
-        stdout,
-        stderr,
-        preserved,
-        terminal,
-        size: asked.or(size),
-    })
-}
-
-fn set_console_size(guest: &mut Spec, size: Option<Size>) {
-    if let (Some(size), Some(process)) = (size, guest.process_mut()) {
-        process.set_console_size(terminal::console_size(size));
-    }
-}
-
-/// This process on its way into the sandbox's cgroup. Moving a process costs the kernel a grace period of 10 ms and
-/// more, which passes while the guest boots.
-struct Joining(Option<JoinHandle<Result<(), CgroupError>>>, Inside);
-
-/// This process in the sandbox's cgroup; dropping it goes back, so that the cgroup can be removed.
-struct Inside {
-    /// The files that lead there.
-    before: Vec<PathBuf>,
-}
-
-impl Joining {
-    fn begin(cgroup: &HostCgroup) -> Result<Self, CreateError> {
-        let before = cgroup::way_back();
-        let cgroup = HostCgroup::at(cgroup.path().to_owned(), None);
-        let thread = thread::Builder::new()
-            .name("cgroup".to_owned())
-            .stack_size(64 << 10);
-        let thread = thread
-            .spawn(move || cgroup.join())
-            .map_err(|source| CreateError::Host {
-                step: "start a thread",
-                source,
-            })?;
-        Ok(Self(Some(thread), Inside { before }))
-    }
-
-    /// Waits for the end of the move, if it is not long over.
-    fn finish(mut self) -> Result<Inside, CreateError> {
-        self.wait()?;
-        let before = std::mem::take(&mut self.1.before);
-        Ok(Inside { before })
-    }
-
-    fn wait(&mut self) -> Result<(), CgroupError> {
-        match self.0.take().map(JoinHandle::join) {
-            Some(Ok(joined)) => joined,
-            // A panic ends the process.
-            None | Some(Err(_)) => Ok(()),
-        }
-    }
-}
-
-impl Drop for Joining {
-    fn drop(&mut self) {
-        // The error that led here is the one to report; then the guard inside goes back.
-        let _ = self.wait();
-    }
-}
-
-impl Inside {
-    fn stay(mut self) {
-        self.before.clear();
-    }
-}
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        for procs in &self.before {
-            // Then the cgroup stays for `delete --force`.
-            let _ = fs::write(procs, "0");
-        }
-    }
-}
-
 /// Waits for the caller's word.
 async fn go(report: &Packets) -> Result<Go, CreateError> {
     report
@@ -630,19 +418,6 @@ async fn unless_abandoned<T>(
         done = step => Ok(done),
         _ = report.receive::<Go>() => Err(CreateError::Abandoned),
     }
-}
-
-fn caller_files(fds: Vec<OwnedFd>) -> Result<CallerFiles, CreateError> {
-    let mut fds = fds.into_iter();
-    let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
-        return Err(CreateError::Abandoned);
-    };
-    Ok(CallerFiles {
-        stdin,
-        stdout,
-        stderr,
-        preserved: fds.collect(),
-    })
 }
 
 fn first_state(order: &Order, bundle: &Bundle) -> State {

@@ -5,9 +5,10 @@
 //! a message. A question that it cannot answer because the virtual machine ended is dropped unanswered; the handle then
 //! tells the asker why (`Sandbox::ask`).
 //! While all containers are paused and no call needs the guest, the vCPUs stand still (`Owner::balance`).
-//! Not here: what the results of its calls change (`owner/results.rs`), the table of states (`status.rs`), who waits for
+//! Not here: calls for one container (`owner/requests.rs`), what their results change (`owner/results.rs`), the table of states (`status.rs`), who waits for
 //! what (`container.rs`), streams before they are connected (`ports.rs`).
 
+mod requests;
 mod results;
 
 use std::{
@@ -26,7 +27,7 @@ use tokio::{
 };
 
 use super::{
-    CreateRequest, Event, ExecRequest, Exit, INIT, Reply, Sandbox, SandboxError, Started, Status,
+    CreateRequest, Event, Reply, Sandbox, SandboxError, Status,
     boot::LAST_BREATH,
     container::Container,
     growth::Growth,
@@ -351,161 +352,6 @@ impl Owner {
             // It is gone, which its socket will say, or hung.
             let why = ended(Cause::HostError, "the VMM does not listen");
             self.end(why, LAST_BREATH);
-        }
-    }
-
-    fn update(&mut self, id: String, resources: Vec<u8>, reply: Reply<()>) {
-        // As for a signal: there must be something that the limits hold for.
-        if let Err(error) = self
-            .container(&id)
-            .and_then(|container| container.allows(Event::Signal))
-        {
-            return answer(reply, Err(error));
-        }
-        let agent = self.agent.clone();
-        self.call(
-            reply,
-            async move { Ok(agent.update(&id, resources).await?) },
-        );
-    }
-
-    fn create(&mut self, id: String, request: CreateRequest, reply: Reply<Started>) {
-        if self.containers.contains_key(&id) {
-            return answer(reply, Err(SandboxError::Exists("container")));
-        }
-        let (ports, arriving) = match self.ports.open_all(request.wanted) {
-            Ok(open) => open,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        self.containers.insert(id.clone(), Container::new());
-        let agent = self.agent.clone();
-        self.task(async move {
-            let result = async {
-                let pid = agent.create(asked(&id, request), &ports).await?;
-                Ok(Started {
-                    pid,
-                    streams: arriving.connected().await?,
-                })
-            };
-            Done::Created {
-                result: result.await,
-                id,
-                reply,
-            }
-        });
-    }
-
-    fn exec(&mut self, id: String, request: ExecRequest, reply: Reply<Started>) {
-        let ExecRequest {
-            process_id,
-            process,
-            wanted,
-            ignore_paused,
-        } = request;
-        let taken_up = self
-            .containers
-            .get_mut(&id)
-            .ok_or(SandboxError::NotFound("container"))
-            .and_then(|container| container.add(&process_id, ignore_paused));
-        let (ports, arriving) = match taken_up.and_then(|()| self.ports.open_all(wanted)) {
-            Ok(open) => open,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        let agent = self.agent.clone();
-        self.task(async move {
-            let result = async {
-                let pid = agent
-                    .exec(&id, &process_id, process, &ports, ignore_paused)
-                    .await?;
-                Ok(Started {
-                    pid,
-                    streams: arriving.connected().await?,
-                })
-            };
-            Done::Execed {
-                result: result.await,
-                id,
-                process_id,
-                reply,
-            }
-        });
-    }
-
-    fn wait(&mut self, id: &str, process_id: &str, reply: Reply<Exit>) {
-        match self.containers.get_mut(id) {
-            Some(container) => container.wait(process_id, reply),
-            None => answer(reply, Err(SandboxError::NotFound("container"))),
-        }
-    }
-
-    fn signal(&mut self, id: String, process_id: String, signal: i32, all: bool, reply: Reply<()>) {
-        if let Err(error) = self
-            .container(&id)
-            .and_then(|container| container.allows(Event::Signal))
-        {
-            return answer(reply, Err(error));
-        }
-        // Number 0 asks whether there is somebody to signal; see kill(2).
-        if signal == 0 {
-            return answer(reply, Ok(()));
-        }
-        let agent = self.agent.clone();
-        let outbox = self.outbox.clone();
-        let deadly = signal == rustix::process::Signal::KILL.as_raw();
-        self.call(reply, async move {
-            match agent.signal(&id, &process_id, signal, all).await {
-                Err(AgentError::Silent { .. } | AgentError::Nonsense { .. }) if deadly => {
-                    // The guest does not even kill: nothing in it is worth keeping.
-                    tell(&outbox, Done::Unkillable, None).await;
-                    Ok(())
-                }
-                Ok(()) if deadly && process_id == INIT => {
-                    tokio::spawn(async move {
-                        tokio::time::sleep(AFTER_KILL).await;
-                        tell(&outbox, Done::Doomed { id }, None).await;
-                    });
-                    Ok(())
-                }
-                other => Ok(other?),
-            }
-        });
-    }
-
-    fn delete(&mut self, id: String, reply: Reply<()>) {
-        if let Err(error) = self
-            .container(&id)
-            .and_then(|container| container.allows(Event::Delete))
-        {
-            return answer(reply, Err(error));
-        }
-        let agent = self.agent.clone();
-        self.task(async move {
-            let result = agent.delete(&id).await;
-            Done::Deleted { id, result, reply }
-        });
-    }
-
-    /// A call that moves a container from one state to another once the agent has agreed.
-    fn change(
-        &mut self,
-        id: String,
-        event: Event,
-        call: impl Future<Output = Result<(), AgentError>> + Send + 'static,
-        reply: Reply<()>,
-    ) {
-        match self
-            .container(&id)
-            .and_then(|container| container.allows(event))
-        {
-            Ok(_) => self.task(async move {
-                Done::Changed {
-                    id,
-                    event,
-                    result: call.await,
-                    reply,
-                }
-            }),
-            Err(error) => answer(reply, Err(error)),
         }
     }
 
