@@ -9,7 +9,7 @@
 //! container's user namespace.
 //! Spec: OCI config.md, "Mounts"; mount_setattr(2), `MOUNT_ATTR_IDMAP`.
 
-use std::fmt::Write;
+use caisson_agent_api::id_map;
 
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
@@ -83,18 +83,8 @@ fn of_user_namespace(spec: &Spec) -> (Option<String>, Option<String>) {
 
 fn given(mappings: &Option<Vec<LinuxIdMapping>>) -> Option<String> {
     let mappings = mappings.as_ref().filter(|all| !all.is_empty())?;
-    let mut lines = String::new();
-    for map in mappings {
-        // Into a String: cannot fail.
-        let _ = writeln!(
-            lines,
-            "{} {} {}",
-            map.container_id(),
-            map.host_id(),
-            map.size()
-        );
-    }
-    Some(lines)
+    let triple = |map: &LinuxIdMapping| (map.container_id(), map.host_id(), map.size());
+    Some(id_map::lines(mappings.iter().map(triple)))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use caisson_agent_api::id_map;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 use rustix::thread::{
     CapabilitySet, UnshareFlags, capabilities, configure_capability_in_ambient_set,
@@ -254,8 +255,11 @@ fn ranges(mappings: &[LinuxIdMapping], own: u32) -> Vec<Range> {
 
 /// As the kernel wants them.
 fn lines(ranges: &[Range]) -> String {
-    let line = |Range { first, count }: &Range| format!("{first} {first} {count}\n");
-    ranges.iter().map(line).collect()
+    id_map::lines(
+        ranges
+            .iter()
+            .map(|range| (range.first, range.first, range.count)),
+    )
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 }
 
+pub mod id_map;
 pub mod netlink;
 pub mod number_list;
 

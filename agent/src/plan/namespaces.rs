@@ -4,10 +4,10 @@
 //! Spec: OCI config-linux.md "Namespaces", "User namespace mappings", "Offset for Time Namespace".
 
 use super::PlanError;
+use caisson_agent_api::id_map;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType as Kind, Spec};
 use serde::{Deserialize, Serialize};
-use std::fmt::Write;
-use std::path::PathBuf;
+use std::{fmt::Write, path::PathBuf};
 
 /// What becomes of the namespaces of a process.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,17 +171,8 @@ fn mapping(maps: Option<&[LinuxIdMapping]>, field: &'static str) -> Result<Strin
     let maps = maps
         .filter(|m| !m.is_empty())
         .ok_or(PlanError::Missing { field })?;
-    let mut lines = String::new();
-    for map in maps {
-        let _ = writeln!(
-            lines,
-            "{} {} {}",
-            map.container_id(),
-            map.host_id(),
-            map.size()
-        );
-    }
-    Ok(lines)
+    let triple = |map: &LinuxIdMapping| (map.container_id(), map.host_id(), map.size());
+    Ok(id_map::lines(maps.iter().map(triple)))
 }
 
 #[cfg(test)]
