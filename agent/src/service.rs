@@ -8,17 +8,18 @@ use crate::container::{Container, ContainerError, Workshop};
 use crate::error_line;
 use crate::guest;
 use crate::machine;
+use crate::network::Loopback;
 use crate::process::ProcessError;
 use crate::reaper::Reaper;
 use crate::socket::{Dial, Socket};
 use async_trait::async_trait;
 use caisson_agent_api::{
     Agent, CONTROL_PORT, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    DescribeProcessesRequest, DescribeProcessesResponse, Empty, ExecProcessRequest,
-    ExecProcessResponse, FitMachineRequest, ListProcessesResponse, ProcessRequest,
-    ReadCgroupRequest, ReadCgroupResponse, ResizeTerminalRequest, SignalProcessRequest, TextFile,
-    UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest, WaitOomResponse,
-    WaitProcessResponse, create_agent,
+    DescribeProcessesRequest, DescribeProcessesResponse, DialLoopbackRequest, Empty,
+    ExecProcessRequest, ExecProcessResponse, FitMachineRequest, ListProcessesResponse,
+    ProcessRequest, ReadCgroupRequest, ReadCgroupResponse, ResizeTerminalRequest,
+    SignalProcessRequest, TextFile, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
+    WaitOomResponse, WaitProcessResponse, create_agent,
 };
 use futures_util::stream;
 use std::collections::HashMap;
@@ -38,6 +39,7 @@ struct Service {
     containers: Mutex<Containers>,
     /// Whether the containers' shared memory is mounted. No await while it is held.
     shares_memory: Mutex<bool>,
+    loopback: Loopback,
     shutdown: Arc<Notify>,
 }
 
@@ -355,6 +357,16 @@ impl Agent for Service {
         empty(container.update_network(&request.network))
     }
 
+    async fn dial_loopback(
+        &self,
+        _: &TtrpcContext,
+        request: DialLoopbackRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        let dialled = self.loopback.dial(container.init.resident(), &request);
+        empty(dialled.await.map_err(ContainerError::from))
+    }
+
     async fn fit_machine(
         &self,
         _: &TtrpcContext,
@@ -411,6 +423,7 @@ async fn serve(mut control: Socket, dial: impl Dial) -> ttrpc::Result<()> {
         },
         containers: Mutex::default(),
         shares_memory: Mutex::default(),
+        loopback: Loopback::default(),
         shutdown: Arc::clone(&shutdown),
     };
     let connection = stream::once(async { Ok::<_, io::Error>(control) });

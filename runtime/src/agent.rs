@@ -5,13 +5,18 @@
 //! into range here, and texts become one printable line.
 //! Not here: streams and their ports (`sandbox/ports.rs`), what a broken connection means (`sandbox/owner.rs`).
 
-use std::{collections::HashMap, future::Future, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use caisson_agent_api::{
     AgentClient, ContainerRequest, CreateContainerRequest, DescribeProcessesRequest,
-    DescribeProcessesResponse, ExecProcessRequest, FitMachineRequest, Listening, Network,
-    ProcessRequest, ReadCgroupRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio,
-    UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
+    DescribeProcessesResponse, DialLoopbackRequest, ExecProcessRequest, FitMachineRequest,
+    Listening, Network, ProcessRequest, ReadCgroupRequest, ResizeTerminalRequest,
+    SignalProcessRequest, Stdio, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -295,6 +300,30 @@ impl Agent {
         };
         answered("update the network", CALL, |c| {
             self.0.update_network(c, &request)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Connects to an address of the container's loopback interface; the connection then waits at a vsock port of the guest.
+    pub async fn dial(
+        &self,
+        id: &str,
+        address: SocketAddr,
+        vsock_port: u32,
+    ) -> Result<(), AgentError> {
+        let request = DialLoopbackRequest {
+            container_id: id.to_owned(),
+            address: match address.ip() {
+                IpAddr::V4(v4) => v4.octets().into(),
+                IpAddr::V6(v6) => v6.octets().into(),
+            },
+            port: address.port().into(),
+            vsock_port,
+            ..Default::default()
+        };
+        answered("connect to the container", CALL, |c| {
+            self.0.dial_loopback(c, &request)
         })
         .await
         .map(drop)

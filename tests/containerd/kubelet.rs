@@ -381,6 +381,23 @@ impl Pod<'_> {
         status.network.expect("a network").ip
     }
 
+    /// The path of its network namespace on the host.
+    pub(crate) fn network_namespace(&self) -> PathBuf {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: true,
+        };
+        let cri = &self.kubelet.cri;
+        let answer = cri.answer(cri.runtime().pod_sandbox_status(request));
+        let info = answer.expect("PodSandboxStatus").info;
+        let info: serde_json::Value = serde_json::from_str(&info["info"]).expect("JSON");
+        let all = info["runtimeSpec"]["linux"]["namespaces"].as_array();
+        let network = all.expect("namespaces").iter();
+        let network = network.filter(|namespace| namespace["type"] == "network");
+        let paths: Vec<_> = network.filter_map(|it| it["path"].as_str()).collect();
+        paths.first().expect("a network namespace").into()
+    }
+
     /// Stops and removes it.
     pub(crate) fn end(self) {
         let ended = end(&self.kubelet.cri, &self.id);

@@ -12,6 +12,7 @@ mod cri;
 mod cri_deaths;
 mod cri_many;
 mod cri_pods;
+mod cri_ports;
 mod cri_security;
 mod cri_systemd;
 mod cri_volumes;

@@ -16,6 +16,10 @@ const STDOUT: u8 = 1;
 const STATUS: u8 = 3;
 const SIZE: u8 = 4;
 
+/// The streams of the first port that is forwarded.
+const DATA: u8 = 0;
+const ERROR: u8 = 1;
+
 /// A process's streams. Reading gives up after a minute.
 pub(crate) struct Stream {
     socket: WebSocket<TcpStream>,
@@ -25,25 +29,47 @@ pub(crate) struct Stream {
     pub(crate) status: String,
 }
 
+/// Opens an address that the CRI answered with.
+fn open(url: &str) -> WebSocket<TcpStream> {
+    let address = url.strip_prefix("http://").expect("an http address");
+    let host = address.split('/').next().expect("a host");
+    let stream = TcpStream::connect(host).expect("the streaming server");
+    stream.set_read_timeout(Some(LIMIT)).expect("timeout");
+    let mut request = format!("ws://{address}")
+        .into_client_request()
+        .expect("request");
+    let protocol = HeaderValue::from_static("v4.channel.k8s.io");
+    request
+        .headers_mut()
+        .insert("Sec-WebSocket-Protocol", protocol);
+    let origin = HeaderValue::from_static("http://localhost");
+    request.headers_mut().insert("Origin", origin);
+    tungstenite::client(request, stream).expect("a WebSocket").0
+}
+
+/// What comes back over a connection to a port of a pod to which `said` has been sent: its data, and the server's error.
+pub(crate) fn forwarded(url: &str, said: &str) -> (String, String) {
+    let mut socket = open(url);
+    let message = [&[DATA], said.as_bytes()].concat();
+    socket.send(Message::binary(message)).expect("send");
+    let (mut data, mut error) = (Vec::new(), Vec::new());
+    while let Ok(message) = socket.read() {
+        match message.into_data().split_first() {
+            Some((&DATA, bytes)) => data.extend_from_slice(bytes),
+            Some((&ERROR, bytes)) => error.extend_from_slice(bytes),
+            _ => {}
+        }
+    }
+    // First the server says which port each stream is of, in two bytes.
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes.get(2..).unwrap_or(&[])).into_owned();
+    (text(&data), text(&error))
+}
+
 impl Stream {
     /// Opens the address that `Exec` or `Attach` answered with.
     pub(crate) fn open(url: &str) -> Self {
-        let address = url.strip_prefix("http://").expect("an http address");
-        let host = address.split('/').next().expect("a host");
-        let stream = TcpStream::connect(host).expect("the streaming server");
-        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
-        let mut request = format!("ws://{address}")
-            .into_client_request()
-            .expect("request");
-        let protocol = HeaderValue::from_static("v4.channel.k8s.io");
-        request
-            .headers_mut()
-            .insert("Sec-WebSocket-Protocol", protocol);
-        let origin = HeaderValue::from_static("http://localhost");
-        request.headers_mut().insert("Origin", origin);
-        let (socket, _) = tungstenite::client(request, stream).expect("a WebSocket");
         Self {
-            socket,
+            socket: open(url),
             output: String::new(),
             status: String::new(),
         }

@@ -3,6 +3,7 @@
 //! | file | is |
 //! |---|---|
 //! | `device.rs` | virtio devices that appear and go: the kernel's driver is bound and unbound by hand |
+//! | `loopback.rs` | connections of the host to the container's loopback interface |
 //! | `resolver.rs` | questions about names that the host answers |
 //! | `socket.rs` | rtnetlink(7) requests and their answers |
 //!
@@ -11,6 +12,7 @@
 //! Not here: which interfaces and addresses there are (the host copies its own), loopback (`child.rs`).
 
 mod device;
+mod loopback;
 mod resolver;
 mod socket;
 
@@ -27,6 +29,7 @@ use rustix::thread::{
 };
 use socket::Socket;
 
+pub(crate) use loopback::Loopback;
 pub(crate) use resolver::Resolver;
 
 /// `IFLA_NEW_IFINDEX`, linux/if_link.h.
@@ -52,6 +55,8 @@ pub(crate) enum NetworkError {
         kind: u16,
         source: io::Error,
     },
+    #[error("connect to port {port} of the loopback interface")]
+    Dial { port: u32, source: io::Error },
     #[error("write network sysctl {file:?}")]
     Sysctl { file: String, source: io::Error },
     #[error("{step}")]

@@ -6,6 +6,7 @@
 //! | `netlink.rs` | the kernel's answers about it, and its notices of changes |
 //! | `view.rs` | what is in it, and how one view becomes another (pure) |
 //! | `joint.rs`, `tap.rs` | an interface joined to a tap |
+//! | `loopback.rs`, `bpf.rs` | what connects to the namespace's loopback addresses is connected to the guest's |
 //! | `limits.rs` | what passes there, in tc's words (pure) |
 //! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
 //! | `follow.rs` | the guest follows while the container lives |
@@ -17,9 +18,11 @@
 //! Everything that is made on the host is undone when [`Network`] is dropped, and by [`clear`] if the owner was killed.
 //! Not here: the devices (the VMM), what the guest does with the list (the agent).
 
+mod bpf;
 mod follow;
 mod joint;
 mod limits;
+mod loopback;
 mod namespace;
 mod netlink;
 mod outside;
@@ -43,6 +46,7 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     follow::{Askers, Follower, Following, follow, follow_in_background},
     limits::{Limits, Rate},
+    loopback::{Forwarding, Loopback},
     passt::PasstError,
 };
 use self::{
@@ -283,6 +287,19 @@ impl Network {
                 .ok_or_else(|| io::ErrorKind::NotFound.into()),
             _ => Tap::make(),
         }
+    }
+
+    /// Takes over what connects to the namespace's loopback addresses on the host.
+    pub fn loopback(&self) -> Result<Loopback, NetworkError> {
+        let opened = match &self.place {
+            Some(place) if !self.inside => place
+                .visit(Loopback::open)
+                .and_then(|opened| opened.ok_or_else(|| io::ErrorKind::NotFound.into())),
+            _ => Loopback::open(),
+        };
+        opened.map_err(host(
+            "lead the loopback interface's connections into the guest",
+        ))
     }
 
     /// Joins the interfaces that are there, and has as many slots as they need and those to spare that the host's

@@ -1,6 +1,6 @@
 //! What reaches the owner of a sandbox: requests of its handles, and what its own tasks bring back.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use caisson_agent_api::Network;
 use caisson_vmm_spec::MiB;
@@ -112,6 +112,11 @@ pub(super) enum Message {
     Ready {
         id: String,
         reply: Reply<()>,
+    },
+    Dial {
+        id: String,
+        address: SocketAddr,
+        reply: Reply<u32>,
     },
     Connect {
         port: u32,

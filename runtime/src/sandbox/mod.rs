@@ -19,7 +19,7 @@ mod ports;
 pub mod remote;
 mod status;
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use caisson_agent_api::Network;
 use serde::{Deserialize, Serialize};
@@ -350,6 +350,13 @@ impl Sandbox {
             reply,
         })
         .await
+    }
+
+    /// Has the guest connect to an address of a container's loopback interface; answers the vsock port at which that
+    /// connection waits for [`Sandbox::connect`].
+    pub async fn dial(&self, id: &str, address: SocketAddr) -> Result<u32, SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::Dial { id, address, reply }).await
     }
 
     /// Changes a container's limits in the guest: `resources` is a `linux.resources` object without what concerns the

@@ -243,6 +243,7 @@ impl Owner {
                 let agent = self.agent.clone();
                 self.observe(reply, async move { Ok(agent.ready(&id).await?) });
             }
+            Message::Dial { id, address, reply } => self.dial(id, address, reply),
             Message::Connect {
                 port,
                 socket,

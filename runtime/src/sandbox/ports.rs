@@ -4,7 +4,12 @@
 //! the connection. Numbers are drawn from the kernel's random source, so that a process in the guest can neither guess
 //! nor take over the stream of another.
 
-use std::{collections::HashMap, io, os::fd::OwnedFd, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    io,
+    os::fd::OwnedFd,
+    time::Duration,
+};
 
 use tokio::sync::oneshot;
 
@@ -28,10 +33,10 @@ impl Ports {
     pub(super) fn open(&mut self) -> io::Result<(u32, oneshot::Receiver<OwnedFd>)> {
         self.expected.retain(|_, waiting| !waiting.is_closed());
         loop {
-            let port = random()?;
-            if port >= FIRST && port != u32::MAX && !self.expected.contains_key(&port) {
+            if let Entry::Vacant(free) = self.expected.entry(random()?) {
                 let (sender, receiver) = oneshot::channel();
-                self.expected.insert(port, sender);
+                let port = *free.key();
+                free.insert(sender);
                 return Ok((port, receiver));
             }
         }
@@ -116,11 +121,17 @@ async fn arrived(
     }
 }
 
-fn random() -> io::Result<u32> {
-    let mut bytes = [0_u8; 4];
-    // Four bytes are never cut short once the kernel's random source is ready.
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(u32::from_ne_bytes(bytes))
+/// A port without a fixed meaning, of the host or of the guest.
+pub(super) fn random() -> io::Result<u32> {
+    loop {
+        let mut bytes = [0_u8; 4];
+        // Four bytes are never cut short once the kernel's random source is ready.
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        let port = u32::from_ne_bytes(bytes);
+        if (FIRST..u32::MAX).contains(&port) {
+            return Ok(port);
+        }
+    }
 }
 
 #[cfg(test)]

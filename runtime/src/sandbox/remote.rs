@@ -337,6 +337,9 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
             // Whoever asked may be gone.
             let _ = reply.send(Err(SandboxError::NotHere("change devices")));
         }
+        Message::Dial { reply, .. } => {
+            let _ = reply.send(Err(SandboxError::NotHere("have the guest connect")));
+        }
         Message::Stop | Message::Done(..) => {}
     }
 }

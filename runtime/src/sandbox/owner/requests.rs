@@ -1,13 +1,13 @@
 //! What is asked for one container: taken up if its state allows it, and passed on to the agent as a task.
 
-use std::future::Future;
+use std::{future::Future, net::SocketAddr};
 
 use super::{AFTER_KILL, Owner, answer, asked, tell};
 use crate::{
     agent::AgentError,
     sandbox::{
         CreateRequest, Event, ExecRequest, Exit, INIT, Reply, SandboxError, Started,
-        container::Container, message::Done,
+        container::Container, message::Done, ports,
     },
 };
 
@@ -25,6 +25,15 @@ impl Owner {
             reply,
             async move { Ok(agent.update(&id, resources).await?) },
         );
+    }
+
+    pub(super) fn dial(&self, id: String, address: SocketAddr, reply: Reply<u32>) {
+        let agent = self.agent.clone();
+        self.call(reply, async move {
+            let port = ports::random().map_err(SandboxError::Ports)?;
+            agent.dial(&id, address, port).await?;
+            Ok(port)
+        });
     }
 
     pub(super) fn create(&mut self, id: String, request: CreateRequest, reply: Reply<Started>) {

@@ -19,7 +19,7 @@ use crate::{
     config::Config,
     guest_spec::{self, HostFiles},
     monitor::HostHooks,
-    network::{Connections, Following, Network, follow_in_background},
+    network::{Connections, Following, Forwarding, Loopback, Network, follow_in_background},
     rootless::Rootless,
     sandbox::{Activation, CreateRequest, INIT, Sandbox, Step},
     share::Share,
@@ -59,6 +59,8 @@ pub(crate) struct Pod {
     _lock: File,
     /// Follows the host's network; parted from it when dropped.
     _network: Option<Following>,
+    /// Leads connections to the network namespace's loopback addresses on the host into the guest.
+    _loopback: Option<Forwarding>,
 }
 
 impl Pod {
@@ -201,6 +203,7 @@ impl Tasks {
         if let Some(cgroup) = &cgroup {
             cgroup.leave()?;
         }
+        let loopback = self.loopback(wanted, network.as_ref());
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
         trace.mark(Who::Holder, "start the VMM");
         let sandbox = booting.ready().await?.spawn(bounds);
@@ -210,6 +213,8 @@ impl Tasks {
             Ok(Created { flowing, guest_pid }) => {
                 let follow = |network| follow_in_background(network, &sandbox, id.as_str());
                 let following = network.map(follow);
+                let serve = |loopback: Loopback| loopback.serve(&sandbox, id.as_str()).ok();
+                let forwarding = loopback.and_then(serve);
                 let pod = Pod {
                     id: id.to_string(),
                     sandbox,
@@ -224,6 +229,7 @@ impl Tasks {
                     holder: guest_pid,
                     _lock: lock,
                     _network: following,
+                    _loopback: forwarding,
                 };
                 Ok((pod, flowing))
             }
@@ -232,6 +238,19 @@ impl Tasks {
                 Err(error)
             }
         }
+    }
+
+    /// Where port-forward to a pod arrives. A host whose kernel does not have what it takes runs pods without.
+    fn loopback(&self, wanted: &Wanted, network: Option<&Network>) -> Option<Loopback> {
+        let network = network.filter(|_| wanted.role == Role::Sandbox)?;
+        let failed = |error| {
+            let text = format!(
+                "port-forward does not reach the pod: {}",
+                crate::error::message(&error)
+            );
+            self.log.warning_of(wanted.id.as_str(), &text);
+        };
+        network.loopback().map_err(failed).ok()
     }
 
     /// One more container of a pod.
