@@ -195,12 +195,12 @@ fn become_process(
     sys::reset_signals().step(|| "reset signals".to_owned())?;
     let filter = plan.process.seccomp.take();
     let early = filter.as_ref().filter(|_| !plan.process.no_new_privileges);
-    finish::load_filter(early)?;
+    finish::load_filter(early, control)?;
     finish::finalize(&plan.process)?;
     let env = finish::environment(&plan.process);
     let program = lookup::program(&plan.process.args[0], &env)?;
     let late = filter.as_ref().filter(|_| plan.process.no_new_privileges);
-    finish::load_filter(late)?;
+    finish::load_filter(late, control)?;
     if let Some(container) = &plan.container {
         control.send(&FromChild::Ready);
         control.wait()?;

@@ -16,6 +16,7 @@ use crate::process::{ControlSocket, Process, ProcessError, Surroundings, spawn};
 use crate::reaper::Reaper;
 use crate::socket::Dial;
 use crate::stdio::{self, Dialed};
+use crate::supervision::Line;
 use caisson_agent_api::{CreateContainerRequest, ExecProcessRequest, Network, Stdio};
 use oci_spec::runtime::{LinuxPersonality, LinuxResources, Process as ProcessSpec, Spec};
 use std::collections::{HashMap, VecDeque};
@@ -209,6 +210,13 @@ fn plan(request: &CreateContainerRequest, preserved: u32) -> Result<Planned, Con
     })
 }
 
+/// The stream for a process's seccomp listener.
+fn line(workshop: &Workshop, stdio: &Stdio) -> Result<Option<Line>, ContainerError> {
+    let dial = |port| workshop.dial.connect(port).map(Line::new);
+    let line = (stdio.seccomp_port != 0).then(|| dial(stdio.seccomp_port));
+    line.transpose().map_err(ContainerError::Streams)
+}
+
 /// A container without one is one whose questions about names are not answered.
 fn resolver(workshop: &Workshop, stdio: &Stdio, process: &Process) -> Option<Resolver> {
     if stdio.resolver_port == 0 {
@@ -251,6 +259,7 @@ impl Container {
             .map_err(ContainerError::Listening)?;
         let notify = request.notify.then(|| Notify::open(id)).transpose();
         let notify = notify.map_err(ContainerError::Notify)?;
+        let line = line(workshop, stdio)?;
         let name = cgroup_name(&request.container_id)?;
         let cgroup = Cgroup::create(Path::new(HIERARCHY), &name, &settings, devices.as_deref())
             .map(Arc::new)?;
@@ -259,6 +268,7 @@ impl Container {
             cgroup: Arc::clone(&cgroup),
             init: None,
             network: &request.network,
+            line,
         };
         if let Some(uid) = cgroup_owner
             && let Err(error) = cgroup.delegate(uid)
@@ -350,6 +360,7 @@ impl Container {
             cgroup: Arc::clone(&self.cgroup),
             init: Some(self.init.pidfd()),
             network: &Network::default(),
+            line: line(workshop, stdio)?,
         };
         let (process, _) = spawn(&child, around, child_ends, our_ends).await?;
         let pid = process.pid;

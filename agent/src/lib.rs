@@ -24,6 +24,7 @@ pub mod reaper;
 pub mod service;
 pub mod socket;
 mod stdio;
+mod supervision;
 mod sys;
 
 /// An error and its causes, as one line.

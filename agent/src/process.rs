@@ -10,6 +10,7 @@ use crate::network::{self, NetworkError, Resident};
 use crate::plan::ChildPlan;
 use crate::reaper::Reaper;
 use crate::stdio::{ChildEnds, OurEnds, Streams};
+use crate::supervision::Line;
 use caisson_agent_api::Network;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{Errno, FdFlags, fcntl_setfd, write};
@@ -17,7 +18,9 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
     recvmsg, socketpair,
 };
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
+};
 use rustix::termios::{Winsize, tcsetwinsize};
 use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
@@ -225,12 +228,14 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) init: Option<BorrowedFd<'a>>,
     /// For a process that waits for it (`ChildPlan::awaits_network`).
     pub(crate) network: &'a Network,
+    /// For a process whose seccomp filter has a listener.
+    pub(crate) line: Option<Line>,
 }
 
 /// Makes a process. The control socket comes back if it is parked.
 pub(crate) async fn spawn(
     plan: &ChildPlan,
-    around: Surroundings<'_>,
+    mut around: Surroundings<'_>,
     child_ends: ChildEnds,
     our_ends: OurEnds,
 ) -> Result<(Process, Option<ControlSocket>), ProcessError> {
@@ -243,6 +248,7 @@ pub(crate) async fn spawn(
         terminal: None,
     };
     let mut awaits_network = false;
+    let mut listener = None;
     let ready = loop {
         match control
             .hear()
@@ -255,6 +261,7 @@ pub(crate) async fn spawn(
             }
             Heard::Message(FromChild::Terminal, fd) => newborn.terminal = fd,
             Heard::Message(FromChild::Network, _) => awaits_network = true,
+            Heard::Message(FromChild::Listener(number), _) => listener = Some(number),
             Heard::Message(FromChild::Ready, _) => break true,
             Heard::Message(FromChild::Failed(text), _) => {
                 newborn.gone().await;
@@ -276,6 +283,16 @@ pub(crate) async fn spawn(
             write(control.0.get_ref(), &[1])
                 .map_err(|e| failed("go on with the network")(e.into()))?;
         }
+        if let (Some(number), Some(pid)) = (listener, newborn.pid) {
+            listener = None;
+            if let Err(source) = supervise(pid, number, around.line.take()).await {
+                drop(control);
+                newborn.gone().await;
+                return Err(failed("hand over the seccomp listener")(source));
+            }
+            write(control.0.get_ref(), &[1])
+                .map_err(|e| failed("go on under the seccomp filter")(e.into()))?;
+        }
     };
     let process = newborn
         .grow_up(around.cgroup, our_ends, plan.container.is_some())
@@ -292,6 +309,22 @@ fn connect(pid: i32, network: &Network) -> Result<(), ProcessError> {
         pidfd: pidfd.as_fd(),
     };
     Ok(network::apply(network, resident)?)
+}
+
+/// Takes the listener of the seccomp filter that a process has just loaded, and has it attended to by the host.
+async fn supervise(pid: i32, number: i32, line: Option<Line>) -> io::Result<()> {
+    let none = || io::Error::other("the host does not listen");
+    let process = Pid::from_raw(pid).ok_or_else(none)?;
+    let pidfd = pidfd_open(process, PidfdFlags::empty())?;
+    let listener = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())?;
+    let attached = match line {
+        Some(line) => line.attach(listener).await,
+        None => Err(none()),
+    };
+    attached.inspect_err(|_| {
+        // Its own end might take a system call that waits.
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    })
 }
 
 /// A process between its first word and its place among the container's processes.

@@ -147,8 +147,9 @@ pub(crate) fn set_mount_attributes(
     .map(drop)
 }
 
-/// Loads a seccomp filter: one `sock_filter` per element, in its memory layout as a little-endian integer.
-pub(crate) fn load_seccomp(program: &[u64], flags: u64) -> io::Result<()> {
+/// Loads a seccomp filter: one `sock_filter` per element, in its memory layout as a little-endian integer. Answers its
+/// listener if `flags` ask for one (`SECCOMP_FILTER_FLAG_NEW_LISTENER`).
+pub(crate) fn load_seccomp(program: &[u64], flags: u64) -> io::Result<Option<OwnedFd>> {
     let length = u16::try_from(program.len()).map_err(io::Error::other)?;
     let filter = libc::sock_fprog {
         len: length,
@@ -156,15 +157,20 @@ pub(crate) fn load_seccomp(program: &[u64], flags: u64) -> io::Result<()> {
     };
     // SAFETY: `filter` points to `length` eight-byte instructions that outlive the call; the kernel only reads them and
     // validates them itself.
-    check(unsafe {
+    let result = check(unsafe {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
             flags,
             &raw const filter,
         )
-    })
-    .map(drop)
+    })?;
+    if flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER == 0 {
+        return Ok(None);
+    }
+    let number = RawFd::try_from(result).map_err(io::Error::other)?;
+    // SAFETY: with this flag the call answers a fresh descriptor, which nothing else owns.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(number) }))
 }
 
 #[repr(C)]

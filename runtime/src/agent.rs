@@ -102,6 +102,8 @@ pub struct StreamPorts {
     pub stderr: u32,
     /// Of a container's init: questions for the host's resolver.
     pub resolver: u32,
+    /// Notifications of its seccomp filter.
+    pub seccomp: u32,
     /// Descriptors from 3 upwards.
     pub preserved: Vec<u32>,
 }
@@ -459,6 +461,7 @@ fn stdio(ports: &StreamPorts) -> Stdio {
         stdout_port: ports.stdout,
         stderr_port: ports.stderr,
         resolver_port: ports.resolver,
+        seccomp_port: ports.seccomp,
         ..Default::default()
     }
 }

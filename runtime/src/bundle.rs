@@ -24,6 +24,7 @@ pub const OCI_VERSION: &str = "1.3.0";
 
 pub(crate) mod capabilities;
 mod rules;
+mod seccomp;
 mod vm;
 
 /// A checked bundle.

@@ -2,7 +2,7 @@
 //!
 //! Contract: the guest's specification names no path of the host. The root file system and every bind mount's source
 //! become paths below the shared directory, as [`crate::share`] lays it out (but `/sys` on `/sys` is the guest's own); the cgroup path, paths of namespaces,
-//! hooks of the host's side, the `vm` section and limits on the host's CPUs, NUMA nodes and disks ([`crate::cgroup`]
+//! hooks of the host's side, the supervisor of system calls, the `vm` section and limits on the host's CPUs, NUMA nodes and disks ([`crate::cgroup`]
 //! sets those) are removed. Everything else is passed on untouched: the agent is the
 //! one that applies it, or refuses it.
 //! Not here: which specifications are accepted (`bundle`), making the mounts (`share.rs`).
@@ -72,6 +72,9 @@ pub fn split(id: &str, bundle: &Path, mut spec: Spec) -> (Spec, HostFiles) {
         linux.set_cgroups_path(None);
         linux.set_net_devices(None);
         linux.set_memory_policy(None);
+        if let Some(seccomp) = linux.seccomp_mut() {
+            seccomp.set_listener_path(None).set_listener_metadata(None);
+        }
         for namespace in linux.namespaces_mut().iter_mut().flatten() {
             namespace.set_path(None);
         }

@@ -36,6 +36,7 @@ mod spawn;
 pub mod state;
 pub mod stats;
 pub mod stdio;
+pub mod supervision;
 pub mod terminal;
 pub mod text;
 pub mod trace;

@@ -42,7 +42,8 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-fn in_user_namespace() -> bool {
+/// Whether this process is in another user namespace than the first.
+pub fn in_user_namespace() -> bool {
     fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| maps_less_than_all(&map))
 }
 

@@ -27,6 +27,7 @@ mod rootless;
 mod signals;
 mod spec_fields;
 mod statuses;
+mod supervision;
 mod systemd;
 mod terminals;
 mod vhost_net;

@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod host;
 pub mod kernel;
 pub mod mount;
+pub mod supervisor;
 pub mod terminal;
 
 pub use bundle::Bundle;

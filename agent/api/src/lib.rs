@@ -20,6 +20,7 @@ mod generated {
 pub mod id_map;
 pub mod netlink;
 pub mod number_list;
+pub mod supervision;
 
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};

@@ -23,6 +23,9 @@ pub enum FromChild {
     Terminal,
     /// Init is in its network namespace and waits for the network there.
     Network,
+    /// Its seccomp filter has a listener, with this number; it waits until that is attended to. A number, because what
+    /// sends descriptors may be what the filter stops.
+    Listener(i32),
     /// Init is set up and waits to be started.
     Ready,
     /// A step failed; the process ends.

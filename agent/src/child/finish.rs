@@ -2,7 +2,8 @@
 //!
 //! The order within [`finalize`] is runc's finalizeNamespace; see there before changing it.
 
-use super::{ChildError, Context};
+use super::control::Control;
+use super::{ChildError, Context, FromChild};
 use crate::plan::process::{CapabilityPlan, LAST_CAPABILITY, ProcessPlan};
 use crate::plan::seccomp::Filter;
 use crate::sys;
@@ -17,7 +18,7 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::{fs, io};
 
 /// Resource limits, scheduling and personality: while all rights are still there.
@@ -91,10 +92,17 @@ pub(super) fn place_descriptors(preserved: &[OwnedFd]) -> Result<(), ChildError>
     sys::close_on_exec_from(number.unsigned_abs()).step(|| "close_range".to_owned())
 }
 
-/// Loads the seccomp filter, if it is its turn.
-pub(super) fn load_filter(filter: Option<&Filter>) -> Result<(), ChildError> {
+/// Loads the seccomp filter, if it is its turn. If it has a listener the agent takes a copy of that, and this one is
+/// closed; system calls from then on may have to wait for the listener's other end.
+pub(super) fn load_filter(filter: Option<&Filter>, control: &Control) -> Result<(), ChildError> {
     let Some(filter) = filter else { return Ok(()) };
-    sys::load_seccomp(&filter.program, filter.flags).step(|| "load the seccomp filter".to_owned())
+    let listener = sys::load_seccomp(&filter.program, filter.flags)
+        .step(|| "load the seccomp filter".to_owned())?;
+    if let Some(listener) = listener {
+        control.send(&FromChild::Listener(listener.as_raw_fd()));
+        control.wait()?;
+    }
+    Ok(())
 }
 
 /// Working directory, identity and rights.

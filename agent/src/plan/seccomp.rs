@@ -4,7 +4,7 @@
 //! so that every process of a container shares one compilation. As in runc, system calls that the profile's rules do
 //! not know because they are newer get ENOSYS instead of the default action, so that C libraries fall back
 //! (libcontainer/seccomp/patchbpf).
-//! Not supported: SCMP_ACT_NOTIFY (its listener is a socket of the host).
+//! A filter that notifies (SCMP_ACT_NOTIFY) has a listener; see `supervision.rs`.
 //! Spec: OCI config-linux.md "Seccomp"; seccomp(2).
 
 use super::PlanError;
@@ -34,8 +34,15 @@ fn step(step: impl Into<String>) -> impl FnOnce(SeccompError) -> PlanError {
     move |source| PlanError::Seccomp { step, source }
 }
 
+/// A filter's flag that makes a listener.
+const NEW_LISTENER: u64 = 1 << 3;
+/// What TSYNC needs beside it.
+const TSYNC_ESRCH: u64 = 1 << 4;
+const TSYNC: u64 = 1;
+
 /// Compiles a profile.
 pub fn compile(profile: &LinuxSeccomp) -> Result<Filter, PlanError> {
+    let mut notifies = false;
     let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut context = ScmpFilterContext::new(default).map_err(step("start a filter"))?;
     for arch in profile.architectures().iter().flatten() {
@@ -52,6 +59,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter, PlanError> {
             });
         }
         let verdict = action(rule.action(), rule.errno_ret())?;
+        notifies |= verdict == ScmpAction::Notify;
         for name in rule.names() {
             // A name that this libseccomp does not know is left out, as runc does.
             let Ok(call) = ScmpSyscall::from_name(name) else {
@@ -72,17 +80,21 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter, PlanError> {
     if !lenient.contains(&profile.default_action()) {
         program.splice(0..0, unknown_is_enosys(u32::try_from(newest).unwrap_or(0)));
     }
-    let flags = profile
+    let mut flags = profile
         .flags()
         .iter()
         .flatten()
         .fold(0, |all, flag| all | flag_bit(*flag));
+    if notifies {
+        flags |= NEW_LISTENER;
+        flags |= if flags & TSYNC == 0 { 0 } else { TSYNC_ESRCH };
+    }
     Ok(Filter { program, flags })
 }
 
 const fn flag_bit(flag: Flag) -> u64 {
     match flag {
-        Flag::SeccompFilterFlagTsync => 1,
+        Flag::SeccompFilterFlagTsync => TSYNC,
         Flag::SeccompFilterFlagLog => 1 << 1,
         Flag::SeccompFilterFlagSpecAllow => 1 << 2,
         Flag::SeccompFilterFlagWaitKillableRecv => 1 << 5,
@@ -111,10 +123,7 @@ fn action(action: Action, errno: Option<u32>) -> Result<ScmpAction, PlanError> {
         Action::ScmpActTrace => ScmpAction::Trace(u16::try_from(number).map_err(invalid)?),
         Action::ScmpActLog => ScmpAction::Log,
         Action::ScmpActAllow => ScmpAction::Allow,
-        Action::ScmpActNotify => {
-            let feature = "seccomp user notification (SCMP_ACT_NOTIFY) from a guest".to_owned();
-            return Err(PlanError::Unsupported { feature });
-        }
+        Action::ScmpActNotify => ScmpAction::Notify,
     })
 }
 
@@ -334,8 +343,28 @@ mod tests {
     }
 
     #[test]
-    fn notification_and_nonsense_are_refused() {
-        assert!(run(r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#).is_err());
+    fn a_filter_that_notifies_has_a_listener() {
+        let profile = |flags: &str| {
+            run(&format!(
+                r#"{{"defaultAction":"SCMP_ACT_ALLOW","flags":[{flags}],"syscalls":
+                [{{"names":["mkdir"],"action":"SCMP_ACT_NOTIFY"}}]}}"#
+            ))
+            .unwrap()
+        };
+        const NOTIFY: u32 = 0x7fc0_0000;
+        let filter = profile("");
+        assert_eq!(verdict(&filter, X86_64, MKDIR, 0), NOTIFY);
+        assert_eq!(verdict(&filter, X86_64, MKDIR + 1, 0), ALLOW);
+        assert_eq!(filter.flags, 8);
+        assert_eq!(profile(r#""SECCOMP_FILTER_FLAG_TSYNC""#).flags, 1 | 8 | 16);
+        assert_eq!(
+            run(r#"{"defaultAction":"SCMP_ACT_ALLOW"}"#).unwrap().flags,
+            0
+        );
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
         assert!(run(r#"{"defaultAction":"SCMP_ACT_ALLOW","defaultErrnoRet":1}"#).is_err());
         assert!(
             run(r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["read"],"action":"SCMP_ACT_ERRNO",

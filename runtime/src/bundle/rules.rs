@@ -9,7 +9,7 @@ use std::path::Path;
 use caisson_agent_api::is_engines_apparmor_profile;
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
-use super::{BundleError, Caller, OCI_VERSION, Place, VmSection};
+use super::{BundleError, Caller, OCI_VERSION, Place, VmSection, seccomp};
 use crate::config::Config;
 use crate::{id_mapping, memory_policy};
 
@@ -213,6 +213,8 @@ pub(super) fn linux(spec: &Spec, place: Place) -> Result<(), BundleError> {
         .ok_or_else(|| invalid("linux must be set"))?;
     namespaces(linux.namespaces().as_deref().unwrap_or_default(), place)?;
     memory_policy::of(spec).map_err(|error| invalid(format!("linux.memoryPolicy: {error}")))?;
+    let profile = linux.seccomp().as_ref();
+    profile.map_or(Ok(()), seccomp::check).map_err(invalid)?;
     unsupported_parts(linux)
 }
 

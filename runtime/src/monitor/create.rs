@@ -37,6 +37,7 @@ use crate::{
     shm,
     sizing::{self, Bounds, Host, VmSize},
     state::{State, StateDir, Status, timestamp},
+    supervision::{Subject, Supervisor},
     trace::{Trace, Who},
     update::Limits,
     view::{self, View},
@@ -160,6 +161,11 @@ pub(super) async fn create(
     let shared_memory_bytes = shares_memory
         .then(|| shm::share(&mut guest, &mut host_files))
         .flatten();
+    let supervisor = Supervisor::of(&spec, &bundle.path);
+    let reached = match &supervisor {
+        Some(supervisor) => Some(supervisor.reach().await?),
+        None => None,
+    };
     let signals = Signals::catch().map_err(|source| CreateError::Host {
         step: "catch signals",
         source,
@@ -228,6 +234,14 @@ pub(super) async fn create(
         for step in [Step::Grow, Step::Settle] {
             let _ = sandbox.fit(id, step, limits.needs()).await;
         }
+        if let Some(reached) = reached {
+            let subject = Subject {
+                state: &state,
+                status: Status::Creating,
+                pid: state.pid,
+            };
+            request.seccomp = Some(reached.engage(subject).await?);
+        }
         trace.mark(Who::Holder, "run hooks, connect the network");
         let set_up = set_up(&sandbox, id, request, streams);
         let flowing = unless_abandoned(report, set_up).await??;
@@ -265,7 +279,7 @@ pub(super) async fn create(
             drop((inside.map(Inside::stay), cgroup.map(HostCgroup::keep)));
             // A start that cannot be traced is a start.
             let _ = trace.append(dir.path());
-            let record = Record::new(dir.keep(), state, limits, premises);
+            let record = Record::new(dir.keep(), state, limits, premises, supervisor);
             Ok(Live {
                 sandbox,
                 record,
@@ -356,6 +370,7 @@ fn request(
         network: Default::default(),
         shared_memory_bytes,
         activation: Activation { listening, notify },
+        seccomp: None,
     })
 }
 

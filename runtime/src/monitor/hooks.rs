@@ -7,7 +7,7 @@ use std::{fs, io, path::Path};
 
 use oci_spec::runtime::{Hook, Spec};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::state::{State, Status};
 
@@ -70,6 +70,11 @@ impl HostHooks {
 
 /// The state that a hook reads on its standard input.
 pub fn hook_state(state: &State, status: Status) -> Vec<u8> {
+    oci_state(state, status).to_string().into_bytes()
+}
+
+/// `State` of the runtime specification.
+pub fn oci_state(state: &State, status: Status) -> Value {
     let mut value = json!({
         "ociVersion": state.oci_version,
         "id": state.id,
@@ -84,7 +89,7 @@ pub fn hook_state(state: &State, status: Status) -> Vec<u8> {
             object.insert("annotations".into(), json!(annotations));
         }
     }
-    value.to_string().into_bytes()
+    value
 }
 
 #[cfg(test)]

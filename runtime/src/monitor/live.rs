@@ -27,6 +27,7 @@ use crate::{
     share::Share,
     state::{State, StateDir, Status},
     stdio::Progress,
+    supervision::{Handover, Subject, SupervisionError, Supervisor},
     terminal,
     trace::Trace,
     update::Limits,
@@ -74,6 +75,8 @@ struct Shared {
     premises: Premises,
     /// Held while they are changed in the guest and on the host.
     limits: AsyncMutex<Limits>,
+    /// Of system calls; every process has a listener of its own.
+    supervisor: Option<Supervisor>,
 }
 
 /// A process that stands for a running `exec`.
@@ -90,7 +93,13 @@ impl Drop for StandIn {
 }
 
 impl Record {
-    pub(super) fn new(dir: StateDir, state: State, limits: Limits, premises: Premises) -> Self {
+    pub(super) fn new(
+        dir: StateDir,
+        state: State,
+        limits: Limits,
+        premises: Premises,
+        supervisor: Option<Supervisor>,
+    ) -> Self {
         Self(Arc::new(Shared {
             dir,
             state: Mutex::new(state),
@@ -98,6 +107,7 @@ impl Record {
             stand_ins: Mutex::default(),
             premises,
             limits: AsyncMutex::new(limits),
+            supervisor,
         }))
     }
 
@@ -125,6 +135,20 @@ impl Record {
     /// Adds to the trace of the start, which may be lost.
     pub(super) fn continue_trace(&self, trace: &Trace) {
         let _ = trace.append(self.0.dir.path());
+    }
+
+    /// Has the system calls of one more process supervised, if the container's are; `pid` stands for it.
+    pub(super) async fn supervise(&self, pid: u32) -> Result<Option<Handover>, SupervisionError> {
+        let Some(supervisor) = &self.0.supervisor else {
+            return Ok(None);
+        };
+        let (state, _) = self.resident();
+        let subject = Subject {
+            state: &state,
+            status: Status::Running,
+            pid,
+        };
+        supervisor.reach().await?.engage(subject).await.map(Some)
     }
 
     /// Where the sandbox is, for those who want to join it.

@@ -26,7 +26,7 @@ use std::{
 };
 
 pub use self::{
-    hooks::{HostHooks, hook_state},
+    hooks::{HostHooks, hook_state, oci_state},
     order::{Go, Order, Program, Report, StartError, Supervised, is_abandoned},
 };
 use crate::packet::{self, Packets};

@@ -51,6 +51,7 @@ pub(super) async fn connection(
                 process,
                 wanted: Wanted::all(terminal, preserved),
                 ignore_paused,
+                seccomp: None,
             });
             return exec(packets, sandbox, &record, request).await;
         }
@@ -221,13 +222,17 @@ async fn exec(
     request: Result<ExecRequest, ControlError>,
 ) {
     let id = &record.id();
-    let request = match request {
+    let mut request = match request {
         Ok(request) => request,
         Err(error) => {
             return reply(&packets, &Answer::Failed(error::message(&error)), &[]).await;
         }
     };
     let process_id = request.process_id.clone();
+    match record.supervise(packets.peer().unwrap_or(0)).await {
+        Ok(seccomp) => request.seccomp = seccomp,
+        Err(error) => return reply(&packets, &Answer::Failed(error::message(&error)), &[]).await,
+    }
     let Started { pid, streams } = match sandbox.exec(id, request).await {
         Ok(started) => started,
         Err(error) => {

@@ -39,6 +39,7 @@ use crate::{
     sizing::{Needs, VmSize},
     state::Status,
     stats::{Stats, StatsError},
+    supervision::Handover,
     vmm::{Ended, VmmError},
 };
 use growth::Growth;
@@ -167,6 +168,8 @@ pub struct CreateRequest {
     pub shared_memory_bytes: Option<u64>,
     /// What systemd gives it.
     pub activation: Activation,
+    /// Where the stream for its init's seccomp listener goes, if that has one. It is there before the answer.
+    pub seccomp: Option<Handover>,
 }
 
 /// One more process for a container.
@@ -180,6 +183,8 @@ pub struct ExecRequest {
     pub wanted: Wanted,
     /// Even in a paused container.
     pub ignore_paused: bool,
+    /// Where the stream for its seccomp listener goes, if it has one. It is there before the answer.
+    pub seccomp: Option<Handover>,
 }
 
 type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;

@@ -14,7 +14,10 @@ use std::{
 use tokio::sync::oneshot;
 
 use super::{SandboxError, Streams, Wanted};
-use crate::agent::{AgentError, StreamPorts};
+use crate::{
+    agent::{AgentError, StreamPorts},
+    supervision::Handover,
+};
 
 /// Ports below this one have fixed meanings.
 const FIRST: u32 = 1 << 16;
@@ -31,13 +34,18 @@ pub(super) struct Ports {
 impl Ports {
     /// Opens a port and answers where its connection will appear. Dropping the receiver closes the port.
     pub(super) fn open(&mut self) -> io::Result<(u32, oneshot::Receiver<OwnedFd>)> {
+        let (sender, receiver) = oneshot::channel();
+        Ok((self.open_to(sender)?, receiver))
+    }
+
+    /// Opens a port whose connection goes to `sender`.
+    fn open_to(&mut self, sender: Handover) -> io::Result<u32> {
         self.expected.retain(|_, waiting| !waiting.is_closed());
         loop {
             if let Entry::Vacant(free) = self.expected.entry(random()?) {
-                let (sender, receiver) = oneshot::channel();
                 let port = *free.key();
                 free.insert(sender);
-                return Ok((port, receiver));
+                return Ok(port);
             }
         }
     }
@@ -46,8 +54,12 @@ impl Ports {
     pub(super) fn open_all(
         &mut self,
         wanted: Wanted,
+        seccomp: Option<Handover>,
     ) -> Result<(StreamPorts, Arriving), SandboxError> {
         let mut ports = StreamPorts::default();
+        if let Some(handover) = seccomp {
+            ports.seccomp = self.open_to(handover).map_err(SandboxError::Ports)?;
+        }
         let mut arriving = Arriving::default();
         let mut open = || self.open().map_err(SandboxError::Ports);
         let plain = [

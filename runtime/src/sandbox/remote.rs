@@ -9,6 +9,7 @@
 //! Contract: [`attach`] gives a handle that means the holder's sandbox. The *tie* is the connection that stands for the
 //! member: its end, however it comes about, is the member's end in the guest; the holder says over it why the virtual
 //! machine ended. [`carry_out`] is the holder's side.
+//! The stream for a seccomp listener does not wait for the answer: it comes over a socket that is attached to the question.
 //! Devices belong to the holder: what concerns interfaces and listening sockets is refused here.
 //! Not here: who may join (`monitor/membership.rs`), the connections' frame (`control.rs`).
 
@@ -29,10 +30,11 @@ use super::{
 use crate::{
     agent::{Activation, AgentError, RefusalKind},
     control::{Answer, ControlError, Request, attached, connect, read_attached},
-    packet::Packets,
+    packet::{self, Packets},
     process_table::Table,
     sizing::{Needs, VmSize},
     stats::Stats,
+    supervision::Handover,
     vmm::Ended,
 };
 
@@ -53,6 +55,8 @@ pub enum Question {
         shared_memory_bytes: Option<u64>,
         /// It says when it is ready.
         notify: bool,
+        /// Its init has a seccomp listener; attached: where the stream for that goes.
+        seccomp: bool,
     },
     /// Let its init go on.
     Start,
@@ -64,6 +68,8 @@ pub enum Question {
         wanted: Wanted,
         /// Even in a paused container.
         ignore_paused: bool,
+        /// As for creation.
+        seccomp: bool,
     },
     /// Wait for a process's end.
     Wait {
@@ -207,7 +213,7 @@ fn ended(cause: Cause, message: &str) -> Ended {
 /// Puts one question to the holder and hands its answer on. A holder that hangs up is ending: its member's questions are
 /// dropped unanswered, and the tie says why.
 async fn forward(holder: &std::path::Path, id: &str, message: Message) {
-    let ask = async |question, file| ask(holder, id, question, file).await;
+    let ask = async |question, file| ask(holder, id, question, file, None).await;
     match message {
         Message::Create { request, reply, .. } => {
             let CreateRequest {
@@ -217,6 +223,7 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 shared_memory_bytes,
                 activation,
                 network: _,
+                seccomp,
             } = request;
             if !activation.listening.is_empty() {
                 let _ = reply.send(Err(SandboxError::NotHere("take listening sockets over")));
@@ -227,10 +234,10 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 wanted,
                 shared_memory_bytes,
                 notify: activation.notify,
+                seccomp: seccomp.is_some(),
             };
-            answer(reply, ask(question, Some(spec)).await, |told| {
-                started(told, wanted)
-            });
+            let told = self::ask(holder, id, question, Some(spec), seccomp).await;
+            answer(reply, told, |told| started(told, wanted));
         }
         Message::Exec { request, reply, .. } => {
             let ExecRequest {
@@ -238,15 +245,16 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 process,
                 wanted,
                 ignore_paused,
+                seccomp,
             } = request;
             let question = Question::Exec {
                 process_id,
                 wanted,
                 ignore_paused,
+                seccomp: seccomp.is_some(),
             };
-            answer(reply, ask(question, Some(process)).await, |told| {
-                started(told, wanted)
-            });
+            let told = self::ask(holder, id, question, Some(process), seccomp).await;
+            answer(reply, told, |told| started(told, wanted));
         }
         Message::Ready { reply, .. } => answer(reply, ask(Question::Ready, None).await, done),
         Message::Start { reply, .. } => answer(reply, ask(Question::Start, None).await, done),
@@ -352,6 +360,7 @@ async fn ask(
     id: &str,
     question: Question,
     file: Option<Vec<u8>>,
+    seccomp: Option<Handover>,
 ) -> Result<Option<Told>, ControlError> {
     let Ok(packets) = connect(holder) else {
         return Ok(None);
@@ -359,7 +368,10 @@ async fn ask(
     let file = file.map(|bytes| attached(&bytes)).transpose();
     let file = file.map_err(ControlError::Process)?;
     let id = id.to_owned();
-    let fds: Vec<BorrowedFd<'_>> = file.iter().map(AsFd::as_fd).collect();
+    let way = seccomp.map(awaited).transpose();
+    let way = way.map_err(ControlError::Process)?;
+    let fds = file.iter().map(AsFd::as_fd);
+    let fds: Vec<BorrowedFd<'_>> = fds.chain(way.iter().map(AsFd::as_fd)).collect();
     packets
         .send(&Request::Member { id, question }, &fds)
         .await?;
@@ -368,6 +380,38 @@ async fn ask(
         Ok(Some(_)) => Err(ControlError::Unexpected),
         Ok(None) | Err(_) => Ok(None),
     }
+}
+
+/// A socket over which a stream comes that is then handed in.
+fn awaited(handover: Handover) -> io::Result<OwnedFd> {
+    let (ours, theirs) = packet::pair()?;
+    let ours = Packets::new(ours)?;
+    tokio::spawn(async move {
+        // Without a stream there is no listener.
+        if let Ok(Some(((), fds))) = ours.receive::<()>().await
+            && let Some(stream) = fds.into_iter().next()
+        {
+            let _ = handover.send(stream);
+        }
+    });
+    Ok(theirs)
+}
+
+/// The holder's end of that.
+fn passed_on(fds: &mut Vec<OwnedFd>) -> Result<Handover, SandboxError> {
+    let nothing = || SandboxError::Holder(ControlError::Unexpected);
+    let way = fds.pop().filter(|_| !fds.is_empty()).ok_or_else(nothing)?;
+    let way = Packets::new(way)
+        .map_err(ControlError::Process)
+        .map_err(SandboxError::Holder)?;
+    let (handover, stream) = tokio::sync::oneshot::channel::<OwnedFd>();
+    tokio::spawn(async move {
+        if let Ok(stream) = stream.await {
+            // A member that has been killed does not take it.
+            let _ = way.send(&(), &[stream.as_fd()]).await;
+        }
+    });
+    Ok(handover)
 }
 
 /// Answers with what `take` makes of the reply; nobody is answered by a holder that hung up.
@@ -428,7 +472,7 @@ pub async fn carry_out(
     sandbox: &Sandbox,
     id: &str,
     question: Question,
-    fds: Vec<OwnedFd>,
+    mut fds: Vec<OwnedFd>,
 ) {
     let mut streams = Streams::default();
     let mut file = None;
@@ -438,8 +482,9 @@ pub async fn carry_out(
             wanted,
             shared_memory_bytes,
             notify,
-        } => match file_of(fds) {
-            Ok(spec) => {
+            seccomp,
+        } => match attachments(&mut fds, seccomp) {
+            Ok((spec, seccomp)) => {
                 let request = CreateRequest {
                     spec,
                     bundle,
@@ -450,6 +495,7 @@ pub async fn carry_out(
                         listening: Vec::new(),
                         notify,
                     },
+                    seccomp,
                 };
                 keep(&mut streams, sandbox.create(id, request).await)
             }
@@ -459,13 +505,15 @@ pub async fn carry_out(
             process_id,
             wanted,
             ignore_paused,
-        } => match file_of(fds) {
-            Ok(process) => {
+            seccomp,
+        } => match attachments(&mut fds, seccomp) {
+            Ok((process, seccomp)) => {
                 let request = ExecRequest {
                     process_id,
                     process,
                     wanted,
                     ignore_paused,
+                    seccomp,
                 };
                 keep(&mut streams, sandbox.exec(id, request).await)
             }
@@ -538,6 +586,15 @@ pub async fn carry_out(
     let _ = packets.send(&Answer::Member(reply), &fds).await;
 }
 
+/// What comes with a process: its description, and where the stream for its listener goes.
+fn attachments(
+    fds: &mut Vec<OwnedFd>,
+    seccomp: bool,
+) -> Result<(Vec<u8>, Option<Handover>), SandboxError> {
+    let handover = seccomp.then(|| passed_on(fds)).transpose()?;
+    Ok((file_of(std::mem::take(fds))?, handover))
+}
+
 fn file_of(fds: Vec<OwnedFd>) -> Result<Vec<u8>, SandboxError> {
     read_attached(fds).map_err(SandboxError::Holder)
 }
@@ -586,6 +643,25 @@ mod tests {
         // A question that nobody answers any more says the same.
         let error = sandbox.start("m").await.unwrap_err();
         assert!(error.to_string().contains("the guest panicked"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_stream_of_a_listener_takes_a_way_of_its_own() {
+        let (handover, stream) = tokio::sync::oneshot::channel();
+        let file: OwnedFd = attached(b"process").unwrap().into();
+        let mut fds = vec![file, awaited(handover).unwrap()];
+        let (process, passed) = attachments(&mut fds, true).unwrap();
+        assert_eq!(process, b"process");
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        passed.unwrap().send(theirs.into()).unwrap();
+        let arrived = std::os::unix::net::UnixStream::from(stream.await.unwrap());
+        std::io::Write::write_all(&mut &arrived, b"x").unwrap();
+        std::io::Read::read_exact(&mut &ours, &mut [0]).unwrap();
+        // One of a holder that refuses is dropped.
+        let (handover, stream) = tokio::sync::oneshot::channel::<OwnedFd>();
+        drop(awaited(handover).unwrap());
+        assert!(stream.await.is_err());
+        assert!(attachments(&mut streams(1), true).is_err());
     }
 
     #[tokio::test]

@@ -15,6 +15,7 @@ use crate::{
     monitor::{HostHooks, hook_state},
     sandbox::Sandbox,
     state::{State, Status},
+    supervision::{Subject, Supervisor},
     update::Limits,
 };
 
@@ -37,11 +38,12 @@ pub(super) struct Container {
     pub(super) told_of_oom: AtomicBool,
 }
 
-/// A container's hooks on the host and what they are told.
+/// A container's hooks on the host, the supervisor of its system calls, and what they are told.
 #[derive(Debug, Clone)]
 pub(super) struct Hooks {
     pub(super) lists: HostHooks,
     pub(super) state: State,
+    pub(super) supervisor: Option<Supervisor>,
 }
 
 impl Container {
@@ -112,6 +114,15 @@ impl Container {
 }
 
 impl Hooks {
+    /// What a supervisor is told of a process. This one stands for all.
+    pub(super) fn subject(&self, status: Status) -> Subject<'_> {
+        Subject {
+            state: &self.state,
+            status,
+            pid: std::process::id(),
+        }
+    }
+
     /// Those that must run before the container is created.
     pub(super) async fn before_creation(&self) -> Result<(), HookError> {
         self.run("prestart", &self.lists.prestart, Status::Creating)

@@ -103,6 +103,7 @@ fn run_hooks(args: &Args, bundle: &Path) -> Result<(), DeleteError> {
     }
     let hooks = Hooks {
         lists,
+        supervisor: None,
         state: State {
             oci_version: crate::bundle::OCI_VERSION.to_owned(),
             id: ContainerId::parse(&args.id)?,

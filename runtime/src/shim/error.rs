@@ -20,6 +20,7 @@ use crate::{
     share::ShareError,
     sizing::SizingError,
     state::StateError,
+    supervision::SupervisionError,
     update::ApplyError,
 };
 
@@ -72,6 +73,8 @@ pub(super) enum TaskError {
     Boot(#[from] BootError),
     #[error(transparent)]
     Hook(#[from] HookError),
+    #[error(transparent)]
+    Supervision(#[from] SupervisionError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error(transparent)]

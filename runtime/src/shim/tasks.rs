@@ -209,6 +209,13 @@ impl Tasks {
             process: process.spec.clone(),
             wanted: files.wanted(process.paths.terminal),
             ignore_paused: false,
+            seccomp: match &container.hooks().supervisor {
+                Some(supervisor) => {
+                    let subject = container.hooks().subject(Status::Running);
+                    Some(supervisor.reach().await?.engage(subject).await?)
+                }
+                None => None,
+            },
         };
         let started = container.sandbox.exec(&container.id, request).await?;
         process.set_started();

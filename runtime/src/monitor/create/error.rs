@@ -16,6 +16,7 @@ use crate::{
     share::ShareError,
     sizing::SizingError,
     state::StateError,
+    supervision::SupervisionError,
     terminal::TerminalError,
     view::ViewError,
     vmm::VmmError,
@@ -50,6 +51,8 @@ pub(in crate::monitor) enum CreateError {
     View(#[from] ViewError),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error(transparent)]
+    Supervision(#[from] SupervisionError),
     #[error("unable to start container process")]
     Sandbox(#[from] SandboxError),
     #[error(transparent)]

@@ -36,11 +36,12 @@ impl Owner {
         });
     }
 
-    pub(super) fn create(&mut self, id: String, request: CreateRequest, reply: Reply<Started>) {
+    pub(super) fn create(&mut self, id: String, mut request: CreateRequest, reply: Reply<Started>) {
         if self.containers.contains_key(&id) {
             return answer(reply, Err(SandboxError::Exists("container")));
         }
-        let (ports, arriving) = match self.ports.open_all(request.wanted) {
+        let seccomp = request.seccomp.take();
+        let (ports, arriving) = match self.ports.open_all(request.wanted, seccomp) {
             Ok(open) => open,
             Err(error) => return answer(reply, Err(error)),
         };
@@ -68,13 +69,15 @@ impl Owner {
             process,
             wanted,
             ignore_paused,
+            seccomp,
         } = request;
         let taken_up = self
             .containers
             .get_mut(&id)
             .ok_or(SandboxError::NotFound("container"))
             .and_then(|container| container.add(&process_id, ignore_paused));
-        let (ports, arriving) = match taken_up.and_then(|()| self.ports.open_all(wanted)) {
+        let open = taken_up.and_then(|()| self.ports.open_all(wanted, seccomp));
+        let (ports, arriving) = match open {
             Ok(open) => open,
             Err(error) => return answer(reply, Err(error)),
         };

@@ -35,6 +35,7 @@ use crate::{
     },
     sizing::{self, Bounds, Host, VmSize},
     state::{ContainerId, State, Status, timestamp},
+    supervision::Supervisor,
     trace::{Trace, Who},
     update::Limits,
 };
@@ -306,6 +307,7 @@ impl Wanted {
         let hooks = Hooks {
             lists: HostHooks::of(&bundle.spec),
             state: first_state(&id, &bundle),
+            supervisor: Supervisor::of(&bundle.spec, &path),
         };
         Ok(Self {
             id,
@@ -386,6 +388,13 @@ impl Wanted {
             network,
             shared_memory_bytes,
             activation: Activation::default(),
+            seccomp: match &self.hooks.supervisor {
+                Some(supervisor) => {
+                    let subject = self.hooks.subject(Status::Creating);
+                    Some(supervisor.reach().await?.engage(subject).await?)
+                }
+                None => None,
+            },
         };
         let started = sandbox.create(id, request).await?;
         init.hold_input(streams.keeper.take());
