@@ -57,7 +57,7 @@ fn patterns(place: &Place, root: &Path) -> io::Result<()> {
     let columns = measure(place, &["io-cost", "/data/file"]);
     unmount(&data, UnmountFlags::DETACH)?;
     let columns = columns?;
-    heading("one block of a 64 MiB file, thousand instructions");
+    heading("one block of a 16 MiB file, thousand instructions");
     for row in 1..columns[0].len() {
         // The name, and the number of blocks.
         let (name, count) = columns[0][row].0.split_once(" | ").unwrap_or_default();
@@ -72,26 +72,19 @@ fn patterns(place: &Place, root: &Path) -> io::Result<()> {
 fn tree(place: &Place, root: &Path) -> io::Result<()> {
     make_tree(root)?;
     heading("a tree of 20,000 files, thousand instructions for one");
-    let commands: [(&str, &[&str]); 2] = [
-        ("`du -s`", &["du", "-s", "/tree"]),
-        (
-            "`git status`",
-            &["/usr/bin/git", "-C", "/tree", "status", "--short"],
-        ),
-    ];
-    for (name, command) in commands {
-        let cost = |subject: Subject| -> io::Result<u64> {
-            // The first also lets git learn what the files look like from there.
-            subject.lines(place, command)?;
-            let (all, nothing) = (
-                subject.whole(place, command)?,
-                subject.whole(place, &["true"])?,
-            );
-            Ok(all.saturating_sub(nothing) / (DIRECTORIES * EACH) / 1000)
-        };
-        let [crun, caisson, microvm] = SUBJECTS.map(cost);
-        print_row(name, [crun?, caisson?, microvm?]);
-    }
+    let git = ["/usr/bin/git", "-C", "/tree", "status", "--short"];
+    let costs = |subject: Subject| -> io::Result<[u64; 2]> {
+        let nothing = subject.whole(place, &["true"])?;
+        let walk = subject.whole(place, &["du", "-s", "/tree"])?;
+        // The first time git learns what the files look like from there.
+        subject.lines(place, &git)?;
+        let status = subject.whole(place, &git)?;
+        Ok([walk, status].map(|all| all.saturating_sub(nothing) / (DIRECTORIES * EACH) / 1000))
+    };
+    let [crun, caisson, microvm] = SUBJECTS.map(costs);
+    let columns = [crun?, caisson?, microvm?];
+    print_row("`du -s`", columns.map(|costs| costs[0]));
+    print_row("`git status`", columns.map(|costs| costs[1]));
     Ok(())
 }
 

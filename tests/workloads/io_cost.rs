@@ -27,7 +27,7 @@ const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
 /// Length of the file.
-const LENGTH: usize = 64 * MIB;
+const LENGTH: usize = 16 * MIB;
 
 /// One pattern: `count` blocks of `block` bytes.
 struct Pattern {
@@ -39,14 +39,14 @@ struct Pattern {
 }
 
 const PATTERNS: &[Pattern] = &[
-    pattern("sequential write, 4 KiB", true, false, 4 * KIB, 4096),
-    pattern("sequential write, 1 MiB", true, false, MIB, 64),
-    pattern("random write, 4 KiB", true, true, 4 * KIB, 2048),
-    pattern("random write, 1 MiB", true, true, MIB, 64),
-    pattern("sequential read, 4 KiB", false, false, 4 * KIB, 4096),
-    pattern("sequential read, 1 MiB", false, false, MIB, 64),
-    pattern("random read, 4 KiB", false, true, 4 * KIB, 2048),
-    pattern("random read, 1 MiB", false, true, MIB, 64),
+    pattern("sequential write, 4 KiB", true, false, 4 * KIB, 512),
+    pattern("sequential write, 1 MiB", true, false, MIB, 16),
+    pattern("random write, 4 KiB", true, true, 4 * KIB, 256),
+    pattern("random write, 1 MiB", true, true, MIB, 16),
+    pattern("sequential read, 4 KiB", false, false, 4 * KIB, 512),
+    pattern("sequential read, 1 MiB", false, false, MIB, 16),
+    pattern("random read, 4 KiB", false, true, 4 * KIB, 256),
+    pattern("random read, 1 MiB", false, true, MIB, 16),
 ];
 
 const fn pattern(
