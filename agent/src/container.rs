@@ -3,20 +3,22 @@
 //! States: Creating is a claimed id only; Created (init parked) --start--> Running --pause--> Paused --resume--> Running;
 //! any of them becomes Stopped when init ends. Only [`Container`]'s methods move them; the service calls those.
 
-use crate::cgroup::{Cgroup, CgroupError, HIERARCHY};
-use crate::guest::GuestError;
+mod error;
+
+use crate::cgroup::{Cgroup, HIERARCHY};
 use crate::listening;
-use crate::network::{self, NetworkError, Resolver};
+use crate::network::{self, Resolver};
 use crate::notify::Notify;
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
 use crate::plan::seccomp::Filter;
 use crate::plan::{self, ChildPlan, PlanError};
-use crate::process::{ControlSocket, Process, ProcessError, Surroundings, spawn};
+use crate::process::{ControlSocket, Process, Surroundings, spawn};
 use crate::reaper::Reaper;
 use crate::socket::Dial;
 use crate::stdio::{self, Dialed};
 use crate::supervision::Line;
+use crate::volumes::Volumes;
 use caisson_agent_api::{CreateContainerRequest, ExecProcessRequest, Network, Stdio};
 use oci_spec::runtime::{LinuxPersonality, LinuxResources, Process as ProcessSpec, Spec};
 use std::collections::{HashMap, VecDeque};
@@ -25,42 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 use tokio::task::JoinSet;
 
-/// Why a call on a container failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ContainerError {
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
-    #[error(transparent)]
-    Process(#[from] ProcessError),
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    #[error(transparent)]
-    Guest(#[from] GuestError),
-    #[error("connect the standard streams")]
-    Streams(#[source] io::Error),
-    #[error("listen for the host")]
-    Listening(#[source] io::Error),
-    #[error("listen on the notify socket")]
-    Notify(#[source] io::Error),
-    #[error("cannot {action} a container that is {state}")]
-    State { action: &'static str, state: State },
-    #[error("cannot exec in a paused container (use --ignore-paused to override)")]
-    ExecPaused,
-    #[error("cannot exec in a stopped container")]
-    ExecStopped,
-    #[error("container {0:?} does not exist")]
-    NoContainer(String),
-    #[error("container with id exists: {0:?}")]
-    ContainerExists(String),
-    #[error("process {0:?} does not exist")]
-    NoProcess(String),
-    #[error("process with id exists: {0:?}")]
-    ProcessExists(String),
-    #[error("container id {0:?} is not valid")]
-    BadId(String),
-}
+pub(crate) use error::ContainerError;
 
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,6 +108,7 @@ pub(crate) struct Container {
     pub(crate) init: Arc<Process>,
     // No await while it is held; no other lock is taken inside.
     changing: Mutex<Changing>,
+    pub(crate) volumes: Volumes,
     /// For as long as the container is there.
     _resolver: Option<Resolver>,
 }
@@ -241,7 +209,7 @@ impl Container {
         let ports = &request.preserved_ports;
         let preserved = u32::try_from(ports.len()).unwrap_or(u32::MAX);
         let Planned {
-            child,
+            mut child,
             settings,
             cgroup_owner,
             devices,
@@ -261,6 +229,10 @@ impl Container {
         let notify = notify.map_err(ContainerError::Notify)?;
         let line = line(workshop, stdio)?;
         let name = cgroup_name(&request.container_id)?;
+        let volumes = match &mut child.container {
+            Some(plan) => Volumes::make(id, &name, &request.volumes, plan)?,
+            None => Volumes::default(),
+        };
         let cgroup = Cgroup::create(Path::new(HIERARCHY), &name, &settings, devices.as_deref())
             .map(Arc::new)?;
         let around = Surroundings {
@@ -293,6 +265,7 @@ impl Container {
                     processes: HashMap::new(),
                     order: VecDeque::new(),
                 }),
+                volumes,
             }),
             Err(error) => {
                 if let Err(left) = cgroup.remove().await {

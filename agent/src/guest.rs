@@ -8,9 +8,12 @@
 use crate::plan::mounts::{AttributePlan, attribute};
 use crate::socket::Dial;
 use crate::{cgroup, error_line, sys};
-use caisson_agent_api::{HOST_CID, SHARE_MOUNT, SHARE_TAG, SHM_MOUNT};
+use caisson_agent_api::{HOST_CID, SHARE_MOUNT, SHARE_TAG, SHM_MOUNT, VOLUMES_MOUNT};
 use rustix::fs::CWD;
-use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change,
+    move_mount, open_tree,
+};
 use rustix::process::{Resource, Rlimit, chroot, fchdir, setrlimit};
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -75,6 +78,17 @@ pub(crate) fn share_memory(bytes: u64) -> Result<(), GuestError> {
         .map_err(step("size the sandbox's shared memory"))?;
     mount("shm", SHM_MOUNT, "tmpfs", SAFE, Some(options.as_c_str()))
         .map_err(step("mount the sandbox's shared memory"))
+}
+
+/// Mounts what the directories of volumes are in. It is shared: what is mounted in one of them later reaches the
+/// container, which is a slave. Only the agent writes to it, at most a few megabytes for each volume.
+pub(crate) fn hold_volumes() -> Result<(), GuestError> {
+    let options = c"mode=0700,nr_inodes=0";
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    mount("volumes", VOLUMES_MOUNT, "tmpfs", flags, Some(options))
+        .map_err(step("mount the directory of volumes"))?;
+    mount_change(VOLUMES_MOUNT, MountPropagationFlags::SHARED)
+        .map_err(step("share the directory of volumes"))
 }
 
 /// pivot_root refuses the initial root as the old one: a bind of it is put on top, and becomes this process's root. It is

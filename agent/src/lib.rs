@@ -26,6 +26,7 @@ pub mod socket;
 mod stdio;
 mod supervision;
 mod sys;
+mod volumes;
 
 /// An error and its causes, as one line.
 pub(crate) fn error_line(error: &dyn std::error::Error) -> String {

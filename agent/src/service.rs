@@ -6,20 +6,21 @@
 
 use crate::container::{Container, ContainerError, Workshop};
 use crate::error_line;
-use crate::guest;
+use crate::guest::{self, GuestError};
 use crate::machine;
 use crate::network::Loopback;
 use crate::process::ProcessError;
 use crate::reaper::Reaper;
 use crate::socket::{Dial, Socket};
+use crate::volumes::VolumeError;
 use async_trait::async_trait;
 use caisson_agent_api::{
     Agent, CONTROL_PORT, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
     DescribeProcessesRequest, DescribeProcessesResponse, DialLoopbackRequest, Empty,
     ExecProcessRequest, ExecProcessResponse, FitMachineRequest, ListProcessesResponse,
     ProcessRequest, ReadCgroupRequest, ReadCgroupResponse, ResizeTerminalRequest,
-    SignalProcessRequest, TextFile, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
-    WaitOomResponse, WaitProcessResponse, create_agent,
+    SignalProcessRequest, TextFile, UpdateContainerRequest, UpdateNetworkRequest,
+    UpdateVolumeRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse, create_agent,
 };
 use futures_util::stream;
 use std::collections::HashMap;
@@ -40,14 +41,19 @@ struct Service {
     /// Whether the containers' shared memory is mounted. No await while it is held.
     shares_memory: Mutex<bool>,
     loopback: Loopback,
+    /// Whether the directory of volumes is mounted. No await while it is held.
+    holds_volumes: Mutex<bool>,
     shutdown: Arc<Notify>,
 }
 
 fn code(error: &ContainerError) -> Code {
     match error {
         ContainerError::Plan(_) | ContainerError::BadId(_) => Code::INVALID_ARGUMENT,
-        ContainerError::Process(ProcessError::NoSignal(_)) => Code::INVALID_ARGUMENT,
-        ContainerError::NoContainer(_) | ContainerError::NoProcess(_) => Code::NOT_FOUND,
+        ContainerError::Process(ProcessError::NoSignal(_))
+        | ContainerError::Volume(VolumeError::Name(_)) => Code::INVALID_ARGUMENT,
+        ContainerError::NoContainer(_)
+        | ContainerError::NoProcess(_)
+        | ContainerError::Volume(VolumeError::Unknown(_)) => Code::NOT_FOUND,
         ContainerError::ContainerExists(_) | ContainerError::ProcessExists(_) => {
             Code::ALREADY_EXISTS
         }
@@ -61,6 +67,7 @@ fn code(error: &ContainerError) -> Code {
         | ContainerError::Network(_)
         | ContainerError::Process(_)
         | ContainerError::Guest(_)
+        | ContainerError::Volume(VolumeError::Step { .. })
         | ContainerError::Streams(_)
         | ContainerError::Listening(_)
         | ContainerError::Notify(_) => Code::INTERNAL,
@@ -113,24 +120,18 @@ impl Service {
         }
         self.containers().insert(id.clone(), None);
         let claim = Claim { service: self, id };
-        self.share_memory(request.shared_memory_bytes)?;
+        once(&self.shares_memory, request.shared_memory_bytes > 0, || {
+            guest::share_memory(request.shared_memory_bytes)
+        })?;
+        once(
+            &self.holds_volumes,
+            !request.volumes.is_empty(),
+            guest::hold_volumes,
+        )?;
         let container = Container::create(&self.workshop, &request).await?;
         let pid = container.init.pid;
         claim.keep(Arc::new(container));
         Ok(pid)
-    }
-
-    /// Mounts the shared memory if it is asked for and not there yet.
-    fn share_memory(&self, bytes: u64) -> Result<(), ContainerError> {
-        let mut is_there = self
-            .shares_memory
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if bytes > 0 && !*is_there {
-            guest::share_memory(bytes)?;
-            *is_there = true;
-        }
-        Ok(())
     }
 
     async fn delete(&self, id: &str) -> Result<(), ContainerError> {
@@ -173,6 +174,20 @@ impl Service {
         let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         Ok(process.resize(clamp(request.rows), clamp(request.columns))?)
     }
+}
+
+/// Does something that is wanted, unless it has been done.
+fn once(
+    done: &Mutex<bool>,
+    wanted: bool,
+    step: impl FnOnce() -> Result<(), GuestError>,
+) -> Result<(), GuestError> {
+    let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+    if wanted && !*done {
+        step()?;
+        *done = true;
+    }
+    Ok(())
 }
 
 fn empty(result: Result<(), ContainerError>) -> ttrpc::Result<Empty> {
@@ -367,6 +382,16 @@ impl Agent for Service {
         empty(dialled.await.map_err(ContainerError::from))
     }
 
+    async fn update_volume(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id).map_err(status)?;
+        let followed = container.volumes.follow(&request.volume);
+        empty(followed.map_err(ContainerError::from))
+    }
+
     async fn fit_machine(
         &self,
         _: &TtrpcContext,
@@ -424,6 +449,7 @@ async fn serve(mut control: Socket, dial: impl Dial) -> ttrpc::Result<()> {
         containers: Mutex::default(),
         shares_memory: Mutex::default(),
         loopback: Loopback::default(),
+        holds_volumes: Mutex::default(),
         shutdown: Arc::clone(&shutdown),
     };
     let connection = stream::once(async { Ok::<_, io::Error>(control) });

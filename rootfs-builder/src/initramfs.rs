@@ -18,6 +18,8 @@ const DIRECTORIES: &[&str] = &[
     "run/caisson/share",
     // Memory that the containers of a pod share (caisson-agent-api, SHM_MOUNT).
     "run/caisson/shm",
+    // What stands for volumes that change (caisson-agent-api, VOLUMES_MOUNT).
+    "run/caisson/volumes",
 ];
 
 /// The kernel opens /dev/console for PID 1 and complains, byte by byte over the emulated port, when it cannot: there is

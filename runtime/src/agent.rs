@@ -16,7 +16,8 @@ use caisson_agent_api::{
     AgentClient, ContainerRequest, CreateContainerRequest, DescribeProcessesRequest,
     DescribeProcessesResponse, DialLoopbackRequest, ExecProcessRequest, FitMachineRequest,
     Listening, Network, ProcessRequest, ReadCgroupRequest, ResizeTerminalRequest,
-    SignalProcessRequest, Stdio, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
+    SignalProcessRequest, Stdio, UpdateContainerRequest, UpdateNetworkRequest, UpdateVolumeRequest,
+    Volume, WaitOomRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -326,6 +327,20 @@ impl Agent {
         };
         answered("connect to the container", CALL, |c| {
             self.0.dial_loopback(c, &request)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Has one of the container's volumes follow a change.
+    pub async fn update_volume(&self, id: &str, volume: Volume) -> Result<(), AgentError> {
+        let request = UpdateVolumeRequest {
+            container_id: id.to_owned(),
+            volume: Some(volume).into(),
+            ..Default::default()
+        };
+        answered("update a volume", CALL, |c| {
+            self.0.update_volume(c, &request)
         })
         .await
         .map(drop)

@@ -44,4 +44,5 @@ pub mod update;
 pub mod version;
 pub mod view;
 pub mod vmm;
+pub mod volumes;
 mod watched;

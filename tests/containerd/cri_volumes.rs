@@ -1,14 +1,14 @@
 //! Volumes as the kubelet makes them: directories and files of the host below a pod's own directory.
 
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
-use caisson_tests::Tmpfs;
+use caisson_tests::{Case, Published, Tmpfs};
 use k8s_cri::v1::MountPropagation;
 
-use crate::kubelet::{Kubelet, begin_pods, volume};
+use crate::kubelet::{Kubelet, begin_pods, until, volume};
 
 #[test]
 fn a_host_path_is_shared_both_ways_or_read_only() {
@@ -62,34 +62,68 @@ fn a_host_path_is_shared_both_ways_or_read_only() {
     pod.end();
 }
 
-/// The kubelet's atomic writer: files are links through `..data`, which is replaced by a rename.
-fn publish(dir: &Path, version: &str, value: &str) {
-    let data = dir.join(format!("..{version}"));
-    fs::create_dir(&data).expect("directory");
-    fs::write(data.join("key"), value).expect("file");
-    symlink(format!("..{version}"), dir.join("..data_tmp")).expect("link");
-    fs::rename(dir.join("..data_tmp"), dir.join("..data")).expect("rename");
+/// The workload that prints what inotify tells, in a directory of its own.
+fn notices(case: &Case) -> PathBuf {
+    let own = std::env::current_exe().expect("this program");
+    // target/TRIPLE/release/deps/this
+    let built = own.ancestors().nth(2).expect("release").join("notices");
+    let dir = case.dir().join("tools");
+    fs::create_dir(&dir).expect("directory");
+    fs::copy(built, dir.join("notices")).expect("the workload");
+    dir
 }
 
 #[test]
-fn a_config_map_changes_within_a_second() {
+fn a_config_map_changes_within_a_second_and_watches_tell() {
     let case = begin_pods();
     let node = Kubelet::start(&case);
     let pod = node.pod("one");
-    let dir = case.dir().join("config");
-    fs::create_dir(&dir).expect("directory");
-    publish(&dir, "2026_1", "one");
-    symlink("..data/key", dir.join("key")).expect("link");
-    let mut config = pod.container("main", "exec sleep 1000");
-    config.mounts = vec![volume(&dir, "/config", true)];
+    let mut map = Published::make(&case.dir().join("config"));
+    map.write(&[("key", "one")]);
+    let mut config = pod.container("main", "exec /tools/notices /config");
+    config.mounts = vec![
+        volume(&notices(&case), "/tools", true),
+        volume(map.dir(), "/config", true),
+    ];
     let id = pod.run(config);
+    let wait_for = |line: &str| {
+        until(Duration::from_secs(60), line, || {
+            pod.log("main")
+                .iter()
+                .any(|logged| logged.ends_with(line))
+                .then_some(())
+        });
+    };
+    wait_for("ready");
+    // Another container of the pod has the same directory, and the same events do not end with it.
+    let mut other = pod.container("other", "exec sleep 1000");
+    other.mounts = vec![volume(map.dir(), "/other", true)];
+    let other = pod.run(other);
     assert_eq!(node.said(&id, "cat /config/key"), "one");
-    for (version, value) in [("2026_2", "two"), ("2026_3", "three")] {
-        publish(&dir, version, value);
-        assert_eq!(node.said(&id, "sleep 1; cat /config/key"), value);
-    }
-    fs::remove_dir_all(dir.join("..2026_1")).expect("remove");
-    assert!(!node.said(&id, "ls -a /config").contains("2026_1"));
+    map.write(&[("key", "two")]);
+    assert_eq!(node.said(&id, "sleep 1; cat /config/key"), "two");
+    wait_for("delete ..1/");
+    assert_eq!(node.said(&other, "cat /other/key"), "two");
+    node.stop(&other, 0);
+    node.remove(&other);
+    map.write(&[("key", "three")]);
+    assert_eq!(node.said(&id, "sleep 1; cat /config/key"), "three");
+    wait_for("delete ..2/");
+    let one = |old: u32| {
+        let new = old + 1;
+        [
+            format!("create ..{new}/"),
+            "create ..data_tmp".to_owned(),
+            "moved-from ..data_tmp".to_owned(),
+            "moved-to ..data".to_owned(),
+            format!("delete ..{old}/"),
+        ]
+    };
+    let lines = pod.log("main").into_iter().skip(1);
+    let told: Vec<_> = lines
+        .map(|line| line.replacen("stdout F ", "", 1))
+        .collect();
+    assert_eq!(told, [one(1), one(2)].concat());
     pod.end();
 }
 

@@ -31,3 +31,4 @@ mod supervision;
 mod systemd;
 mod terminals;
 mod vhost_net;
+mod volumes;

@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod host;
 pub mod kernel;
 pub mod mount;
+pub mod published;
 pub mod supervisor;
 pub mod terminal;
 
@@ -21,4 +22,5 @@ pub use bundle::Bundle;
 pub use call::{Call, Outcome, Running};
 pub use case::Case;
 pub use mount::Tmpfs;
+pub use published::Published;
 pub use terminal::Terminal;

@@ -50,6 +50,9 @@ pub const RESOLVER_ASKERS: u16 = 256;
 /// Where the memory is that the containers of a sandbox share as their /dev/shm.
 pub const SHM_MOUNT: &str = "/run/caisson/shm";
 
+/// Where the directories are that stand for [volumes](Volume) in the guest.
+pub const VOLUMES_MOUNT: &str = "/run/caisson/volumes";
+
 /// Below it the agent makes a directory for the notify socket of each container that has one.
 pub const NOTIFY_DIRECTORY: &str = "/dev/caisson";
 

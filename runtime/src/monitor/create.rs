@@ -4,7 +4,7 @@ mod error;
 mod joining;
 mod streams;
 
-use std::{future::Future, os::fd::OwnedFd, time::SystemTime};
+use std::{future::Future, os::fd::OwnedFd, sync::Arc, time::SystemTime};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::Mode;
@@ -42,6 +42,7 @@ use crate::{
     update::Limits,
     view::{self, View},
     vmm,
+    volumes::{self, Complain, Follower},
 };
 
 pub(super) use error::CreateError;
@@ -213,6 +214,8 @@ pub(super) async fn create(
     };
     trace.mark(Who::Machine, "boot until the agent dials");
     let inside = joining.map(Joining::finish).transpose()?;
+    let log = log.map(Arc::new);
+    let following = Follower::new(&sandbox, complain(log.clone()));
 
     let created = async {
         if hooks.precede_creation() {
@@ -242,9 +245,15 @@ pub(super) async fn create(
             };
             request.seccomp = Some(reached.engage(subject).await?);
         }
+        let found = match &joins {
+            None => following.find(&share, id, &host_files),
+            Some(_) => Vec::new(),
+        };
+        request.volumes = volumes::listings(&found);
         trace.mark(Who::Holder, "run hooks, connect the network");
         let set_up = set_up(&sandbox, id, request, streams);
         let flowing = unless_abandoned(report, set_up).await??;
+        following.follow(id, found);
         trace.mark(Who::Machine, "set the container up");
         share.seal(id, &host_files)?;
         let listener = Listener::bind(dir.path())?;
@@ -293,6 +302,7 @@ pub(super) async fn create(
                 view,
                 share,
                 log,
+                volumes: following,
             })
         }
         Err(error) => {
@@ -300,6 +310,11 @@ pub(super) async fn create(
             Err(error)
         }
     }
+}
+
+/// Writes to the container's log, if it has one.
+fn complain(log: Option<Arc<Log>>) -> Complain {
+    Arc::new(move |_, text| log.iter().for_each(|log| log.warning(text)))
 }
 
 /// What a sandbox of the container's own stands on.
@@ -371,6 +386,7 @@ fn request(
         shared_memory_bytes,
         activation: Activation { listening, notify },
         seccomp: None,
+        volumes: Vec::new(),
     })
 }
 

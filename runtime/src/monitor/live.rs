@@ -21,7 +21,7 @@ use crate::{
     control::Listener,
     forwarded::{Signals, WINDOW_CHANGE},
     log::Log,
-    network::{Follower, Network, follow},
+    network::{self, Network, follow},
     packet::Packets,
     sandbox::{Exit, INIT, LOST, Sandbox, SandboxError},
     share::Share,
@@ -32,6 +32,7 @@ use crate::{
     trace::Trace,
     update::Limits,
     view::View,
+    volumes::Follower,
 };
 
 /// How long commands that are still being answered may take when the container has ended.
@@ -57,7 +58,9 @@ pub(super) struct Live {
     pub(super) view: View,
     /// Unmounted when dropped, after the sandbox is gone.
     pub(super) share: Share,
-    pub(super) log: Option<Log>,
+    pub(super) log: Option<Arc<Log>>,
+    /// Ends when dropped.
+    pub(super) volumes: Follower,
 }
 
 /// The container's state on disk and in memory; clones are the same record.
@@ -221,10 +224,11 @@ impl Live {
             view,
             share,
             log,
+            volumes,
         } = self;
         let id = record.id();
         let mut answering = JoinSet::new();
-        let (follower, askers) = Follower::new();
+        let (follower, askers) = network::Follower::new();
         let complain = |text: &str| {
             if let Some(log) = &log {
                 log.warning(text);
@@ -279,7 +283,7 @@ impl Live {
             while answering.join_next().await.is_some() {}
         })
         .await;
-        drop(following);
+        drop((following, volumes));
         drop(view);
         drop(share);
         if let Some(terminal) = &terminal {

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
-use caisson_agent_api::Network;
+use caisson_agent_api::{Network, Volume};
 use caisson_vmm_spec::MiB;
 use tokio::sync::oneshot;
 
@@ -90,6 +90,11 @@ pub(super) enum Message {
     UpdateNetwork {
         id: String,
         network: Network,
+        reply: Reply<()>,
+    },
+    UpdateVolume {
+        id: String,
+        volume: Volume,
         reply: Reply<()>,
     },
     Processes {

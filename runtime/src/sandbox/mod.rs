@@ -21,7 +21,7 @@ mod status;
 
 use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
-use caisson_agent_api::Network;
+use caisson_agent_api::{Network, Volume};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
@@ -170,6 +170,8 @@ pub struct CreateRequest {
     pub activation: Activation,
     /// Where the stream for its init's seccomp listener goes, if that has one. It is there before the answer.
     pub seccomp: Option<Handover>,
+    /// Those of its bind mounts that change as the kubelet's do.
+    pub volumes: Vec<Volume>,
 }
 
 /// One more process for a container.
@@ -312,6 +314,13 @@ impl Sandbox {
     pub async fn update_network(&self, id: &str, network: Network) -> Result<(), SandboxError> {
         let id = id.to_owned();
         self.ask(|reply| Message::UpdateNetwork { id, network, reply })
+            .await
+    }
+
+    /// Has one of a container's volumes follow a change.
+    pub async fn update_volume(&self, id: &str, volume: Volume) -> Result<(), SandboxError> {
+        let id = id.to_owned();
+        self.ask(|reply| Message::UpdateVolume { id, volume, reply })
             .await
     }
 

@@ -298,6 +298,13 @@ impl Owner {
                     Ok(agent.update_network(&id, network).await?)
                 });
             }
+            Message::UpdateVolume { id, volume, reply } => {
+                let agent = self.agent.clone();
+                self.call(
+                    reply,
+                    async move { Ok(agent.update_volume(&id, volume).await?) },
+                );
+            }
             Message::Status { id, reply } => {
                 let status = self.container(&id).map(Container::status);
                 answer(reply, status);
@@ -464,6 +471,7 @@ fn asked(id: &str, request: CreateRequest) -> CreateContainerRequest {
         shared_memory_bytes: request.shared_memory_bytes.unwrap_or(0),
         listening: request.activation.listening,
         notify: request.activation.notify,
+        volumes: request.volumes,
         ..Default::default()
     }
 }

@@ -224,6 +224,8 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 activation,
                 network: _,
                 seccomp,
+                // They are the holder's to follow: a member's are plain bind mounts.
+                volumes: _,
             } = request;
             if !activation.listening.is_empty() {
                 let _ = reply.send(Err(SandboxError::NotHere("take listening sockets over")));
@@ -341,6 +343,7 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
         | Message::Plug { reply, .. }
         | Message::Unplug { reply, .. }
         | Message::Connect { reply, .. }
+        | Message::UpdateVolume { reply, .. }
         | Message::UpdateNetwork { reply, .. } => {
             // Whoever asked may be gone.
             let _ = reply.send(Err(SandboxError::NotHere("change devices")));
@@ -496,6 +499,7 @@ pub async fn carry_out(
                         notify,
                     },
                     seccomp,
+                    volumes: Vec::new(),
                 };
                 keep(&mut streams, sandbox.create(id, request).await)
             }

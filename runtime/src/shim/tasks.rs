@@ -433,6 +433,7 @@ impl Tasks {
                     Ok(()) | Err(SandboxError::NotFound(_) | SandboxError::Ended(_)) => {}
                     Err(error) => return Err(error.into()),
                 }
+                pod.volumes.forget(id);
                 pod.share.remove(id)?;
                 container.unmount();
             }

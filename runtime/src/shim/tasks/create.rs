@@ -38,6 +38,7 @@ use crate::{
     supervision::Supervisor,
     trace::{Trace, Who},
     update::Limits,
+    volumes::{self, Follower},
 };
 
 /// A virtual machine and its host side.
@@ -62,6 +63,8 @@ pub(crate) struct Pod {
     _network: Option<Following>,
     /// Leads connections to the network namespace's loopback addresses on the host into the guest.
     _loopback: Option<Forwarding>,
+    /// Follows what the host changes in volumes.
+    pub(super) volumes: Follower,
 }
 
 impl Pod {
@@ -101,6 +104,14 @@ struct Part {
     shared_memory_bytes: Option<u64>,
     /// Beyond loopback; a pod's members find it in the namespace that they join.
     network: Connections,
+}
+
+/// Where a container is made.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    sandbox: &'a Sandbox,
+    share: &'a Share,
+    volumes: &'a Follower,
 }
 
 /// A container that the guest has created.
@@ -210,7 +221,15 @@ impl Tasks {
         let sandbox = booting.ready().await?.spawn(bounds);
         trace.mark(Who::Machine, "boot until the agent dials");
         part.network = network.as_ref().map(Network::whole).unwrap_or_default();
-        match wanted.set_up(init, &sandbox, &share, part, streams).await {
+        let log = self.log.clone();
+        let complain = move |id: &str, text: &str| log.warning_of(id, text);
+        let volumes = Follower::new(&sandbox, Arc::new(complain));
+        let place = Place {
+            sandbox: &sandbox,
+            share: &share,
+            volumes: &volumes,
+        };
+        match wanted.set_up(init, place, part, streams).await {
             Ok(Created { flowing, guest_pid }) => {
                 let follow = |network| follow_in_background(network, &sandbox, id.as_str());
                 let following = network.map(follow);
@@ -231,6 +250,7 @@ impl Tasks {
                     _lock: lock,
                     _network: following,
                     _loopback: forwarding,
+                    volumes,
                 };
                 Ok((pod, flowing))
             }
@@ -269,9 +289,12 @@ impl Tasks {
         let created = async {
             shared?;
             let streams = wanted.paths.open(&self.namespace, id.as_str())?;
-            wanted
-                .set_up(init, &pod.sandbox, &pod.share, part, streams)
-                .await
+            let place = Place {
+                sandbox: &pod.sandbox,
+                share: &pod.share,
+                volumes: &pod.volumes,
+            };
+            wanted.set_up(init, place, part, streams).await
         };
         match created.await {
             Ok(Created { flowing, .. }) => Ok(flowing),
@@ -369,8 +392,11 @@ impl Wanted {
     async fn set_up(
         &self,
         init: &Process,
-        sandbox: &Sandbox,
-        share: &Share,
+        Place {
+            sandbox,
+            share,
+            volumes,
+        }: Place<'_>,
         Part {
             guest,
             files,
@@ -381,6 +407,7 @@ impl Wanted {
     ) -> Result<Created, TaskError> {
         self.hooks.before_creation().await?;
         let id = self.id.as_str();
+        let found = volumes.find(share, id, &files);
         let request = CreateRequest {
             spec: serde_json::to_vec(&guest).map_err(TaskError::Spec)?,
             bundle: self.bundle.path.to_string_lossy().into_owned(),
@@ -395,8 +422,10 @@ impl Wanted {
                 }
                 None => None,
             },
+            volumes: volumes::listings(&found),
         };
         let started = sandbox.create(id, request).await?;
+        volumes.follow(id, found);
         init.hold_input(streams.keeper.take());
         let ready = streams
             .flow(started.streams)
@@ -412,6 +441,7 @@ impl Wanted {
                 let _ = sandbox.signal(id, INIT, KILL, true).await;
                 let _ = sandbox.wait(id, INIT).await;
                 let _ = sandbox.delete(id).await;
+                volumes.forget(id);
                 Err(error)
             }
         }
