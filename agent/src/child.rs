@@ -197,6 +197,9 @@ fn become_process(
     let early = filter.as_ref().filter(|_| !plan.process.no_new_privileges);
     finish::load_filter(early, control)?;
     finish::finalize(&plan.process)?;
+    if plan.holds {
+        return hold(control);
+    }
     let env = finish::environment(&plan.process);
     let program = lookup::program(&plan.process.args[0], &env)?;
     let late = filter.as_ref().filter(|_| plan.process.no_new_privileges);
@@ -210,6 +213,16 @@ fn become_process(
         )?;
     }
     Err(finish::execute(&program, &plan.process.args, &env))
+}
+
+/// The life of a process that keeps namespaces for others: in its own PID namespace, what loses its parent is the
+/// kernel's to reap. Comes back only when the agent is gone.
+fn hold(control: &Control) -> Result<(), ChildError> {
+    sys::ignore_children().step(|| "ignore children".to_owned())?;
+    control.send(&FromChild::Ready);
+    loop {
+        control.wait()?;
+    }
 }
 
 /// Everything that is done once for a container, in its init process.

@@ -165,6 +165,7 @@ fn plan(request: &CreateContainerRequest, preserved: u32) -> Result<Planned, Con
         cgroup: Path::new(HIERARCHY).join(cgroup_name(&request.container_id)?),
         namespaces: plan::namespaces::plan(&spec)?,
         awaits_network: network::is_needed(&request.network),
+        holds: request.holds,
         container: Some(container),
         process,
     };
@@ -347,6 +348,7 @@ impl Container {
             cgroup: self.cgroup.path().to_owned(),
             namespaces: self.namespaces.for_exec(),
             awaits_network: false,
+            holds: false,
             container: None,
             process,
         }

@@ -109,6 +109,8 @@ pub struct ChildPlan {
     pub container: Option<ContainerPlan>,
     /// The process waits in its network namespace until the agent has connected that.
     pub awaits_network: bool,
+    /// The process runs no program: it keeps the container's namespaces for others.
+    pub holds: bool,
     /// The process itself.
     pub process: ProcessPlan,
 }

@@ -313,6 +313,16 @@ pub(crate) fn set_scheduler(attributes: &SchedAttributes) -> io::Result<()> {
     .map(drop)
 }
 
+/// Has the kernel reap this process's children when they end: nobody here waits for them.
+pub(crate) fn ignore_children() -> io::Result<()> {
+    // SAFETY: `SIG_IGN` installs no handler.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    if before == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Sets every signal to its default action and unblocks all: what a container's process starts with.
 ///
 /// By the kernel's own call: glibc's refuses its two internal signals, which its posix_spawn leaves ignored.

@@ -20,7 +20,7 @@ use crate::driver::{Driver, Form, begin, program};
 const FORMS: [Form; 3] = [Form::Address, Form::Json, Form::Message];
 
 /// Debian's shim for runc knows containerd 1.6 alone, which itself drives it in the other tests.
-fn skipped() -> bool {
+pub(crate) fn skipped() -> bool {
     let is_runc = runtime() == "runc";
     if is_runc {
         println!("skipped on runc: its shim in Debian is of containerd 1.6");
@@ -34,7 +34,7 @@ fn bundle(case: &Case, cgroup: &str) -> Bundle {
     bundle.edit(|spec| spec["linux"]["cgroupsPath"] = json!(cgroup))
 }
 
-fn options(systemd_cgroup: bool) -> Any {
+pub(crate) fn options(systemd_cgroup: bool) -> Any {
     let options = Options {
         systemd_cgroup,
         ..Default::default()
@@ -104,7 +104,7 @@ fn every_containerd_starts_a_shim_and_runs_a_container_with_it() {
     for form in FORMS {
         let case = begin();
         let bundle = bundle(&case, "/default/one");
-        let mut driver = Driver::new(&case, &bundle, "one", form);
+        let mut driver = Driver::new(&case, bundle.dir(), "one", form);
         driver.start(Some(&options(false)));
         create(&case, &bundle, &driver, options(false));
         assert_eq!(run(&driver), 7, "{form:?}");
@@ -133,7 +133,7 @@ fn a_pods_containers_are_given_the_address_of_their_pod() {
             annotated("pod", "sandbox"),
             annotated("member", "container"),
         );
-        let early = Driver::new(&case, &member, "member", form);
+        let early = Driver::new(&case, member.dir(), "member", form);
         let refused = early.call_start(None);
         assert_ne!(refused.status, 0);
         assert!(
@@ -142,11 +142,11 @@ fn a_pods_containers_are_given_the_address_of_their_pod() {
             refused.stderr
         );
         drop(early);
-        let mut driver = Driver::new(&case, &pod, "pod", form);
+        let mut driver = Driver::new(&case, pod.dir(), "pod", form);
         let address = driver.start(None);
         let again = driver.call_start(None);
         assert_ne!(again.status, 0, "a second shim for the same pod");
-        let joined = Driver::new(&case, &member, "member", form);
+        let joined = Driver::new(&case, member.dir(), "member", form);
         let outcome = joined.call_start(None);
         assert_eq!(outcome.status, 0, "{}", outcome.stderr);
         assert_eq!(joined.address(&outcome.stdout), address);
@@ -170,7 +170,7 @@ fn options_may_ask_for_systemds_cgroups() {
     for form in FORMS {
         let case = begin();
         let bundle = bundle(&case, "system.slice:tests:one");
-        let mut driver = Driver::new(&case, &bundle, "one", form);
+        let mut driver = Driver::new(&case, bundle.dir(), "one", form);
         driver.start(Some(&options(true)));
         create(&case, &bundle, &driver, options(true));
         let scope = std::path::Path::new("/sys/fs/cgroup/system.slice/tests-one.scope");

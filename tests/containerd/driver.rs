@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use caisson_tests::call::wait_for_exit;
 use caisson_tests::case::runtime;
-use caisson_tests::{Bundle, Case, Outcome};
+use caisson_tests::{Case, Outcome};
 use containerd_shim_protos::api::{Empty, ForwardRequest};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
@@ -47,7 +47,8 @@ pub(crate) enum Form {
 /// containerd for one bundle.
 pub(crate) struct Driver<'c> {
     case: &'c Case,
-    bundle: &'c Bundle,
+    /// The bundle.
+    dir: &'c Path,
     form: Form,
     id: String,
     client: Option<Client>,
@@ -112,10 +113,10 @@ pub(crate) fn begin() -> Case {
 
 impl<'c> Driver<'c> {
     /// containerd listens for events; no shim yet.
-    pub(crate) fn new(case: &'c Case, bundle: &'c Bundle, id: &str, form: Form) -> Self {
+    pub(crate) fn new(case: &'c Case, dir: &'c Path, id: &str, form: Form) -> Self {
         // What another case has not waited for is not this one's.
         while inbox().topics().try_recv().is_ok() {}
-        let fifo = bundle.dir().join("log");
+        let fifo = dir.join("log");
         if !fifo.exists() {
             let made = rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::RWXU);
             made.expect("FIFO");
@@ -123,7 +124,7 @@ impl<'c> Driver<'c> {
         let log = rustix::fs::open(&fifo, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         Self {
             case,
-            bundle,
+            dir,
             form,
             id: id.to_owned(),
             client: None,
@@ -143,7 +144,7 @@ impl<'c> Driver<'c> {
             .args(["-namespace", NAMESPACE, "-id", &self.id, "-address"])
             .args([grpc.as_os_str()])
             .args(["-publish-binary", "/usr/bin/containerd", "start"])
-            .dir(self.bundle.dir())
+            .dir(self.dir)
             .stdin(fs::File::open(input).expect("input"))
             .env("GRPC_ADDRESS", &grpc)
             .env("NAMESPACE", NAMESPACE);
@@ -213,6 +214,25 @@ impl<'c> Driver<'c> {
             Form::Address => "containerd.task.v2.Task",
             Form::Json | Form::Message => "containerd.task.v3.Task",
         };
+        let answer = self.call(service, method, question);
+        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    /// A call of the sandbox service.
+    pub(crate) fn sandbox<A: Message>(
+        &self,
+        method: &str,
+        question: &impl Message,
+    ) -> Result<A, ttrpc::Error> {
+        self.call("containerd.runtime.sandbox.v1.Sandbox", method, question)
+    }
+
+    fn call<A: Message>(
+        &self,
+        service: &str,
+        method: &str,
+        question: &impl Message,
+    ) -> Result<A, ttrpc::Error> {
         let request = ttrpc::Request {
             service: service.to_owned(),
             method: method.to_owned(),
@@ -220,10 +240,8 @@ impl<'c> Driver<'c> {
             payload: question.write_to_bytes().expect("a question"),
             ..Default::default()
         };
-        let client = self.client.as_ref().expect("a shim");
-        let answer = client.request(request);
-        let answer = answer.unwrap_or_else(|error| panic!("{method}: {error}"));
-        A::parse_from_bytes(&answer.payload).expect("an answer")
+        let answer = self.client.as_ref().expect("a shim").request(request)?;
+        Ok(A::parse_from_bytes(&answer.payload).expect("an answer"))
     }
 
     /// The topic of the next event.

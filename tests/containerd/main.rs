@@ -21,5 +21,6 @@ mod deaths;
 mod driver;
 mod kubelet;
 mod pods;
+mod sandboxes;
 mod streaming;
 mod tasks;

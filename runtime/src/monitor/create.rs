@@ -387,6 +387,7 @@ fn request(
         activation: Activation { listening, notify },
         seccomp: None,
         volumes: Vec::new(),
+        holds: false,
     })
 }
 

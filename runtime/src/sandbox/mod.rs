@@ -172,6 +172,8 @@ pub struct CreateRequest {
     pub seccomp: Option<Handover>,
     /// Those of its bind mounts that change as the kubelet's do.
     pub volumes: Vec<Volume>,
+    /// Its init runs no program and is never started: it holds namespaces for the sandbox's other containers.
+    pub holds: bool,
 }
 
 /// One more process for a container.

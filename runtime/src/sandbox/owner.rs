@@ -472,6 +472,7 @@ fn asked(id: &str, request: CreateRequest) -> CreateContainerRequest {
         listening: request.activation.listening,
         notify: request.activation.notify,
         volumes: request.volumes,
+        holds: request.holds,
         ..Default::default()
     }
 }

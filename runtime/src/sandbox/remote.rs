@@ -226,6 +226,7 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 seccomp,
                 // They are the holder's to follow: a member's are plain bind mounts.
                 volumes: _,
+                holds: _,
             } = request;
             if !activation.listening.is_empty() {
                 let _ = reply.send(Err(SandboxError::NotHere("take listening sockets over")));
@@ -500,6 +501,7 @@ pub async fn carry_out(
                     },
                     seccomp,
                     volumes: Vec::new(),
+                    holds: false,
                 };
                 keep(&mut streams, sandbox.create(id, request).await)
             }

@@ -21,7 +21,7 @@ use std::{
 
 use containerd_shim_protos::{
     bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel},
-    protobuf::{Enum, Message},
+    protobuf::{Enum, Message, well_known_types::any::Any},
 };
 use sha2::{Digest, Sha256};
 
@@ -44,6 +44,9 @@ const SOCKETS: &str = "/run/containerd/s";
 
 /// The file in a bundle that holds the server's address.
 pub(super) const ADDRESS: &str = "address";
+
+/// The file in a bundle with the runtime's options, for a sandbox of the Sandbox API: they come with `start` alone.
+pub(super) const OPTIONS: &str = "options";
 
 /// Why there is no server.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +78,7 @@ enum Reply {
 }
 
 /// What containerd says beyond the command line.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 struct Call {
     reply: Reply,
     /// containerd's socket for events, if not in the environment.
@@ -85,6 +88,8 @@ struct Call {
     sockets: PathBuf,
     /// Say more in the log.
     debug: bool,
+    /// The runtime's options, if containerd has any.
+    options: Option<Any>,
 }
 
 /// What the environment says.
@@ -113,7 +118,7 @@ impl Environment {
 pub(super) fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError> {
     let call = call(args, input, &Environment::read())?;
     let bundle = Path::new("");
-    let role = pod::role_of(bundle)?;
+    let role = pod::role_at_start(bundle)?;
     let group = match &role {
         Role::Alone | Role::Sandbox => &args.id,
         Role::Member { sandbox } => sandbox,
@@ -127,6 +132,15 @@ pub(super) fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError
             return Err(BootstrapError::NoSandbox(sandbox.clone()));
         }
     } else {
+        // The task service is told them again.
+        if let Some(options) = &call.options
+            && !bundle.join("config.json").exists()
+        {
+            let path = bundle.join(OPTIONS);
+            // A message that was read is written.
+            let bytes = options.write_to_bytes().unwrap_or_default();
+            at("write", &path, fs::write(&path, bytes))?;
+        }
         let listener = listen(&socket, &args.id)?;
         if let Err(error) = spawn(args, &call, &socket, listener) {
             // The error is the one to report.
@@ -146,6 +160,12 @@ fn call(args: &Args, input: &[u8], said: &Environment) -> Result<Call, Bootstrap
             reply: Reply::Protobuf,
             ttrpc_address: Some(params.containerd_ttrpc_address).filter(|a| !a.is_empty()),
             grpc_address: params.containerd_grpc_address,
+            options: runtime_options(
+                params
+                    .extensions
+                    .into_iter()
+                    .flat_map(|e| e.value.into_option()),
+            ),
             sockets: params
                 .socket_dir
                 .filter(|dir| !dir.is_empty())
@@ -164,7 +184,14 @@ fn call(args: &Args, input: &[u8], said: &Environment) -> Result<Call, Bootstrap
         ttrpc_address: None,
         grpc_address: args.address.clone(),
         sockets: said.sockets(),
+        options: runtime_options(Any::parse_from_bytes(input)),
     })
+}
+
+/// The first that is a runtime's; the others are for others.
+fn runtime_options(all: impl IntoIterator<Item = Any>) -> Option<Any> {
+    all.into_iter()
+        .find(|any| any.type_url.ends_with(".Options"))
 }
 
 /// Tells the parameters of containerd 2.3 from the runtime options that its predecessors write: these are an `Any`,
@@ -310,8 +337,6 @@ fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, Bo
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::protobuf::well_known_types::any::Any;
-
     use super::*;
 
     fn args() -> Args {

@@ -7,7 +7,10 @@ use std::io;
 
 use containerd_shim_protos::ttrpc::{self, Code, get_status};
 
-use super::{options::OptionsError, pod::RoleError, rootfs::RootfsError, stdio::StdioError};
+use super::{
+    options::OptionsError, order::OrderError, pod::RoleError, rootfs::RootfsError,
+    stdio::StdioError,
+};
 use crate::{
     agent::{AgentError, RefusalKind},
     boot::StartError,
@@ -41,10 +44,16 @@ pub(super) enum TaskError {
     Nonsense(&'static str),
     #[error("{0} is not supported")]
     Unsupported(&'static str),
+    #[error("no such sandbox {0}")]
+    NoSandbox(String),
+    #[error("sandbox {0} is not running")]
+    NotRunning(String),
     #[error("this shim serves another sandbox than {0}")]
     OtherSandbox(String),
     #[error(transparent)]
     Id(#[from] StateError),
+    #[error(transparent)]
+    Order(#[from] OrderError),
     #[error(transparent)]
     Role(#[from] RoleError),
     #[error(transparent)]
@@ -98,15 +107,18 @@ pub(super) fn host(step: &'static str) -> impl Fn(io::Error) -> TaskError {
 impl TaskError {
     fn code(&self) -> Code {
         match self {
-            Self::NoContainer(_) | Self::NoProcess(_) | Self::Finished => Code::NOT_FOUND,
+            Self::NoContainer(_) | Self::NoProcess(_) | Self::NoSandbox(_) | Self::Finished => {
+                Code::NOT_FOUND
+            }
             Self::Exists(_) => Code::ALREADY_EXISTS,
-            Self::Running(_) => Code::FAILED_PRECONDITION,
+            Self::Running(_) | Self::NotRunning(_) => Code::FAILED_PRECONDITION,
             Self::Nonsense(_) | Self::OtherSandbox(_) | Self::Id(_) | Self::Role(_) => {
                 Code::INVALID_ARGUMENT
             }
-            Self::Bundle(_) | Self::Sizing(_) | Self::Update(ApplyError::Update(_)) => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Order(_)
+            | Self::Bundle(_)
+            | Self::Sizing(_)
+            | Self::Update(ApplyError::Update(_)) => Code::INVALID_ARGUMENT,
             Self::Update(ApplyError::Sandbox(error)) => sandbox_code(error),
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Ending => Code::UNAVAILABLE,

@@ -1,17 +1,17 @@
 //! containerd's door: `containerd-shim-caisson-v2`, which containerd starts for every sandbox and speaks to over ttrpc.
 //!
 //! ```text
-//!  containerd --argv, stdin--> start  --socket as stdin--> server (one per sandbox; one task service, v2 and v3)
+//!  containerd --argv, stdin--> start  --socket as stdin--> server (one per sandbox; task service v2, v3; sandbox service)
 //!             <--- address ----'                             |
-//!             <=============== ttrpc (Task) ================>+-- sandbox owner (`sandbox/`) -- caisson-vmm
+//!             <=========== ttrpc (Task, Sandbox) ===========>+-- sandbox owner (`sandbox/`) -- caisson-vmm
 //!             <=============== events =======================+
 //!             --argv, in the bundle--> delete (the server is gone: removes what it has left)
 //! ```
 //!
 //! Contract: a container outside Kubernetes has a server and a virtual machine of its own; the containers of a pod share
-//! those of the pod's sandbox. Everything that a sandbox mounts is in the server's own mount namespace: when server and
-//! VMM are gone the kernel has removed it. The server outlives containerd and is found again by the address that `start`
-//! has left in the bundle.
+//! those of the pod's sandbox, which its pause container brings, or the Sandbox API. Everything that a sandbox mounts is in
+//! the server's own mount namespace: when server and VMM are gone the kernel has removed it. The server outlives
+//! containerd and is found again by the address that `start` has left in the bundle.
 //! Not here: what happens in a sandbox (`sandbox/`), what a bundle may say (`bundle/`).
 //! Spec: containerd, docs/runtime-v2.md ("Runtime v2"), 1.6 to 2.x.
 
@@ -26,9 +26,11 @@ mod info;
 mod logger;
 mod metrics;
 mod options;
+mod order;
 mod pod;
 mod process;
 mod rootfs;
+mod sandboxes;
 mod server;
 mod service;
 mod stdio;

@@ -34,12 +34,13 @@ pub(super) enum Role {
     },
 }
 
+/// containerd's names for a container's type and its sandbox.
+pub(super) const KIND: &str = "io.kubernetes.cri.container-type";
+pub(super) const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
 /// Container type and sandbox id, as each engine names them.
 const NAMES: [(&str, &str); 2] = [
-    (
-        "io.kubernetes.cri.container-type",
-        "io.kubernetes.cri.sandbox-id",
-    ),
+    (KIND, SANDBOX_ID),
     (
         "io.kubernetes.cri-o.ContainerType",
         "io.kubernetes.cri-o.SandboxID",
@@ -88,6 +89,16 @@ pub(super) fn role_of(bundle: &Path) -> Result<Role, RoleError> {
     let config: Annotated =
         serde_json::from_slice(&text).map_err(|source| RoleError::Json { path, source })?;
     role(config.annotations.as_ref())
+}
+
+/// The same for a bundle that a server is started for: without a specification it is for the Sandbox API.
+pub(super) fn role_at_start(bundle: &Path) -> Result<Role, RoleError> {
+    match role_of(bundle) {
+        Err(RoleError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(Role::Sandbox)
+        }
+        role => role,
+    }
 }
 
 fn role(annotations: Option<&Annotations>) -> Result<Role, RoleError> {
@@ -166,6 +177,47 @@ pub(super) fn share_memory(
     let replaced = files.binds.iter().position(|bind| bind.index == index)?;
     let host = files.binds.remove(replaced).source;
     Some(size_of(&host).unwrap_or(DEFAULT_SHM_BYTES))
+}
+
+/// The mount of a pod's shared memory, as an engine specifies it that makes it on the host; here nobody does.
+pub(super) fn shared_memory() -> serde_json::Value {
+    serde_json::json!({
+        "destination": SHM, "type": "bind", "source": "shm",
+        "options": ["rbind", "nosuid", "nodev", "noexec"],
+    })
+}
+
+/// Completes the specification of a member of a pod whose engine leaves the pod's files to the sandbox: those of `files`
+/// (where, and from where) that it has no mount for, and in the pod's IPC namespace the pod's shared memory.
+pub(super) fn furnish(spec: &mut Spec, files: &[(&str, PathBuf)]) {
+    let shares_memory = joins(spec).contains(&LinuxNamespaceType::Ipc);
+    let mounts = spec.mounts_mut().get_or_insert_default();
+    if shares_memory {
+        let own = |mount: &Mount| {
+            mount.destination() == Path::new(SHM) && mount.typ().as_deref() == Some("tmpfs")
+        };
+        let shared = serde_json::from_value::<Mount>(shared_memory());
+        if let (Some(own), Ok(shared)) = (mounts.iter_mut().find(|mount| own(mount)), shared) {
+            *own = shared;
+        }
+    }
+    for (place, file) in files {
+        if mounts
+            .iter()
+            .any(|mount| mount.destination() == Path::new(place))
+        {
+            continue;
+        }
+        let mut mount = Mount::default();
+        mount
+            .set_destination(place.into())
+            .set_typ(Some("bind".to_owned()))
+            .set_source(Some(file.clone()))
+            .set_options(Some(
+                ["rbind", "rprivate", "rw"].map(str::to_owned).to_vec(),
+            ));
+        mounts.push(mount);
+    }
 }
 
 /// The namespaces of a member that are its pod's.
@@ -323,6 +375,44 @@ mod tests {
         let mount = &serde_json::to_value(&guest).unwrap()["mounts"][1];
         assert_eq!(mount["source"], "/run/caisson/shm");
         assert_eq!(mount["options"], json!(["rbind", "ro"]));
+    }
+
+    #[test]
+    fn a_bundle_without_a_specification_is_for_the_sandbox_api() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(role_at_start(dir.path()).unwrap(), Role::Sandbox);
+        fs::write(dir.path().join("config.json"), "{}").unwrap();
+        assert_eq!(role_at_start(dir.path()).unwrap(), Role::Alone);
+        fs::write(dir.path().join("config.json"), "{").unwrap();
+        assert!(role_at_start(dir.path()).is_err());
+    }
+
+    #[test]
+    fn a_member_gets_the_pods_files_and_memory_where_it_has_none_of_its_own() {
+        let member = |ipc: Value| {
+            let mut spec = spec(json!({
+                "ociVersion": "1.0.2",
+                "mounts": [
+                    {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"},
+                    {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts"},
+                ],
+                "linux": {"namespaces": [ipc]},
+            }));
+            let file = |name: &str| PathBuf::from("/b").join(name);
+            let files = [
+                ("/etc/hosts", file("hosts")),
+                ("/etc/resolv.conf", file("resolv.conf")),
+            ];
+            furnish(&mut spec, &files);
+            serde_json::to_value(spec.mounts()).unwrap()
+        };
+        let mounts = member(json!({"type": "ipc", "path": "/proc/9/ns/ipc"}));
+        assert_eq!(mounts[0]["type"], "bind");
+        assert_eq!(mounts[1]["source"], "/var/lib/hosts");
+        assert_eq!(mounts[2]["destination"], "/etc/resolv.conf");
+        assert_eq!(mounts[2]["source"], "/b/resolv.conf");
+        assert_eq!(mounts.as_array().unwrap().len(), 3);
+        assert_eq!(member(json!({"type": "ipc"}))[0]["type"], "tmpfs");
     }
 
     #[test]

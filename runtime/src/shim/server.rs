@@ -14,14 +14,15 @@ use std::{
 };
 
 use containerd_shim_protos::{
+    sandbox_async::create_sandbox,
     shim_async::create_task,
     ttrpc::r#async::{Server, transport::Listener},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
-    args::Args, bootstrap::TTRPC_ADDRESS, control, events, logger::Logger, service::Service,
-    tasks::Tasks,
+    args::Args, bootstrap::TTRPC_ADDRESS, control, events, logger::Logger, sandboxes::Sandboxes,
+    service::Service, tasks::Tasks,
 };
 use crate::{
     monitor::{inherited_socket, runtime},
@@ -86,5 +87,5 @@ fn serving(listener: UnixListener, tasks: &Arc<Tasks>) -> io::Result<Server> {
             .map(|methods| (version.to_owned(), methods));
         server = server.register_service(renamed.collect());
     }
-    Ok(server)
+    Ok(server.register_service(create_sandbox(Arc::new(Sandboxes(Arc::clone(tasks))))))
 }

@@ -1,15 +1,15 @@
 //! What a server does for containerd: containers are created, started, asked about, ended and deleted in one sandbox.
 //!
 //! Contract: one sandbox per server. Its first container (one outside Kubernetes, or a pod's sandbox) brings the virtual
-//! machine; a pod's members join it; the virtual machine ends with the last container. A creation that fails leaves
-//! nothing. Events are published in containerd's order: create, start, exit, delete; exec added, exec started, exit.
+//! machine; a pod's members join it; the virtual machine ends with the last container, unless the Sandbox API holds it
+//! (`tasks/held.rs`). A creation that fails leaves nothing. Events are published in containerd's order: create, start, exit, delete; exec added, exec started, exit.
 //! State changes are the owner's (`sandbox/`): here is only what containerd asks about after an end.
 //! Not here: how containerd asks (`service.rs`), what happens unasked (`tasks/ends.rs`).
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::SystemTime,
 };
 
@@ -24,7 +24,7 @@ use containerd_shim_protos::{
 use tokio::sync::{self, Notify};
 
 use super::{
-    container::Container,
+    container::{Container, Hooks},
     error::TaskError,
     events::Publisher,
     logger::Logger,
@@ -43,8 +43,11 @@ use crate::{
 
 pub(super) mod create;
 mod ends;
+pub(super) mod held;
+mod wanted;
 
 use create::Pod;
+use held::Held;
 
 /// The signal that cannot be caught.
 const KILL: i32 = rustix::process::Signal::KILL.as_raw();
@@ -57,6 +60,8 @@ pub(super) struct Tasks {
     pub(super) log: Logger,
     /// Held for a moment, never across an await; before `containers` where both are.
     pod: Mutex<Option<Arc<Pod>>>,
+    /// The sandbox of the Sandbox API, once it has been ordered.
+    held: OnceLock<Arc<Held>>,
     /// Held for a moment, never across an await.
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Held while a container is created or deleted: the first and the last bring and end the virtual machine.
@@ -80,6 +85,7 @@ impl Tasks {
             publisher,
             log,
             pod: Mutex::default(),
+            held: OnceLock::new(),
             containers: Mutex::default(),
             changing: sync::Mutex::new(()),
             over: Notify::new(),
@@ -101,15 +107,20 @@ impl Tasks {
         self.over.notified().await;
     }
 
-    /// Ends the server, unless it still has containers.
+    /// Ends the server, unless it still has containers or is held for more.
     pub(super) fn shut_down(&self) {
-        if self.containers().is_empty() {
+        if self.held.get().is_none() && self.containers().is_empty() {
             self.over.notify_one();
         }
     }
 
     /// Ends the virtual machine, and with it all that run.
     pub(super) async fn stop(&self) {
+        if let Some(held) = self.held.get() {
+            // It knows itself by its name.
+            let _ = self.stop_sandbox(&held.id, None).await;
+            return;
+        }
         let pod = self.pod().clone();
         if let Some(pod) = pod {
             pod.sandbox.stop().await;
@@ -422,7 +433,7 @@ impl Tasks {
         }
         let ended = container.init.wait().await;
         let pod = self.pod().clone();
-        let is_last = self.containers().len() == 1;
+        let is_last = self.held.get().is_none() && self.containers().len() == 1;
         if let Some(pod) = pod {
             if is_last {
                 pod.sandbox.stop().await;
@@ -439,13 +450,7 @@ impl Tasks {
             }
         }
         self.containers().remove(id);
-        let hooks = container.hooks().clone();
-        if !hooks.lists.poststop.is_empty() {
-            let failures = tokio::task::spawn_blocking(move || hooks.after_deletion()).await;
-            for failure in failures.unwrap_or_default() {
-                self.log.warning_of(id, &failure);
-            }
-        }
+        self.run_last_hooks(id, container.hooks()).await;
         let event = TaskDelete {
             container_id: id.to_owned(),
             pid: self.pid(),
@@ -456,6 +461,18 @@ impl Tasks {
         self.publisher
             .publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
         Ok(ended)
+    }
+
+    /// The hooks that undo what others did.
+    async fn run_last_hooks(&self, id: &str, hooks: &Hooks) {
+        if hooks.lists.poststop.is_empty() {
+            return;
+        }
+        let hooks = hooks.clone();
+        let failures = tokio::task::spawn_blocking(move || hooks.after_deletion()).await;
+        for failure in failures.unwrap_or_default() {
+            self.log.warning_of(id, &failure);
+        }
     }
 
     /// Removes what a stopped virtual machine leaves on the host.

@@ -4,41 +4,32 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
-    time::SystemTime,
 };
 
 use containerd_shim_protos::api::CreateTaskRequest;
-use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{KILL, Tasks, bundle_path};
+use super::{
+    Tasks,
+    wanted::{Created, Place, Wanted},
+};
 use crate::{
     boot::Boot,
-    bundle::Bundle,
-    cgroup::{CgroupError, HostCgroup, Terms},
-    config::Config,
-    guest_spec::{self, HostFiles},
-    monitor::HostHooks,
-    network::{Connections, Following, Forwarding, Loopback, Network, follow_in_background},
-    rootless::Rootless,
-    sandbox::{Activation, CreateRequest, INIT, Sandbox, Step},
+    cgroup::{CgroupError, HostCgroup},
+    network::{Following, Forwarding, Loopback, Network, follow_in_background},
+    sandbox::{INIT, Sandbox, Step},
     share::Share,
     shim::{
-        container::{Container, Hooks},
+        container::Container,
         error::{TaskError, host},
-        options::Options,
         pod::{self, Role},
         process::Process,
-        rootfs::{self, Rootfs},
-        stdio::{Files, Flowing, Paths},
-        ticket::Ticket,
+        stdio::Flowing,
     },
-    sizing::{self, Bounds, Host, VmSize},
-    state::{ContainerId, State, Status, timestamp},
-    supervision::Supervisor,
+    sizing::{self, Bounds, Host},
     trace::{Trace, Who},
     update::Limits,
-    volumes::{self, Follower},
+    volumes::Follower,
 };
 
 /// A virtual machine and its host side.
@@ -85,41 +76,6 @@ impl Pod {
     }
 }
 
-/// A container that is wanted, checked and with its root file system mounted.
-struct Wanted {
-    id: ContainerId,
-    bundle: Bundle,
-    role: Role,
-    rootfs: Rootfs,
-    paths: Paths,
-    hooks: Hooks,
-    config: Config,
-    cgroups: Terms,
-}
-
-/// A container's specification, split.
-struct Part {
-    guest: Spec,
-    files: HostFiles,
-    shared_memory_bytes: Option<u64>,
-    /// Beyond loopback; a pod's members find it in the namespace that they join.
-    network: Connections,
-}
-
-/// Where a container is made.
-#[derive(Clone, Copy)]
-struct Place<'a> {
-    sandbox: &'a Sandbox,
-    share: &'a Share,
-    volumes: &'a Follower,
-}
-
-/// A container that the guest has created.
-struct Created {
-    flowing: Flowing,
-    guest_pid: u32,
-}
-
 impl Tasks {
     /// Makes a container; a failure leaves nothing.
     pub(super) async fn made(
@@ -128,7 +84,8 @@ impl Tasks {
     ) -> Result<(Container, Flowing), TaskError> {
         let mut trace = Trace::default();
         trace.mark(Who::Command, "begin");
-        let wanted = Wanted::of(request)?;
+        let held = self.held.get().map(Arc::as_ref);
+        let wanted = Wanted::of(request, held)?;
         trace.mark(Who::Holder, "mount the root, check the bundle");
         for warning in &wanted.bundle.warnings {
             self.log.warning_of(wanted.id.as_str(), warning);
@@ -136,7 +93,7 @@ impl Tasks {
         let init = Process::new(INIT, wanted.paths.clone(), Vec::new());
         let there = self.pod().clone();
         let (pod, flowing) = match (&wanted.role, there) {
-            (Role::Alone | Role::Sandbox, None) => {
+            (Role::Alone | Role::Sandbox, None) if held.is_none() => {
                 let (pod, flowing) = self.first(&wanted, &init, &mut trace).await?;
                 let pod = Arc::new(pod);
                 *self.pod() = Some(Arc::clone(&pod));
@@ -146,8 +103,11 @@ impl Tasks {
                 let flowing = self.member(&wanted, &init, &pod).await?;
                 (pod, flowing)
             }
+            (Role::Member { sandbox }, None) if held.is_some_and(|held| held.id == *sandbox) => {
+                return Err(TaskError::NotRunning(sandbox.clone()));
+            }
             (Role::Member { sandbox }, _) => return Err(TaskError::OtherSandbox(sandbox.clone())),
-            (_, Some(_)) => return Err(TaskError::OtherSandbox(wanted.id.to_string())),
+            _ => return Err(TaskError::OtherSandbox(wanted.id.to_string())),
         };
         trace.mark(Who::Machine, "set the container up");
         // A start that cannot be traced is a start.
@@ -172,7 +132,7 @@ impl Tasks {
     }
 
     /// The first container of a sandbox, with the virtual machine.
-    async fn first(
+    pub(super) async fn first(
         &self,
         wanted: &Wanted,
         init: &Process,
@@ -307,166 +267,10 @@ impl Tasks {
     }
 }
 
-impl Wanted {
-    /// Reads and checks what is wanted, and mounts its root file system.
-    fn of(request: &CreateTaskRequest) -> Result<Self, TaskError> {
-        if !request.checkpoint.is_empty() {
-            return Err(TaskError::Unsupported("to restore a checkpoint"));
-        }
-        let options = Options::of(request.options.as_ref())?;
-        let id = ContainerId::parse(&request.id)?;
-        let path = bundle_path(request);
-        let role = pod::role_of(&path)?;
-        let rootfs = Rootfs::mount(&request.rootfs, &path.join("rootfs"))?;
-        let config = match &options.config {
-            Some(file) => Config::load_from(file)?,
-            None => Config::load()?,
-        };
-        let bundle = match role {
-            Role::Member { .. } => Bundle::load_member(&path, &config)?,
-            Role::Alone | Role::Sandbox => Bundle::load(&path, &config)?,
-        };
-        let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
-        let hooks = Hooks {
-            lists: HostHooks::of(&bundle.spec),
-            state: first_state(&id, &bundle),
-            supervisor: Supervisor::of(&bundle.spec, &path),
-        };
-        Ok(Self {
-            id,
-            role,
-            rootfs,
-            paths: Paths {
-                stdin: request.stdin.clone(),
-                stdout: request.stdout.clone(),
-                stderr: request.stderr.clone(),
-                terminal: request.terminal,
-            },
-            hooks,
-            config,
-            cgroups: Terms {
-                systemd: options.wants_systemd(bundle.cgroups_path()),
-                rootless: Rootless::Auto,
-            },
-            bundle,
-        })
-    }
-
-    /// Splits its specification; in a pod, shared memory is the guest's.
-    fn part(&self) -> Part {
-        let spec = self.bundle.spec.clone();
-        let (mut guest, mut files) = guest_spec::split(self.id.as_str(), &self.bundle.path, spec);
-        let shared_memory_bytes = match self.role {
-            Role::Alone => None,
-            Role::Sandbox | Role::Member { .. } => {
-                pod::share_memory(&mut guest, &mut files, rootfs::size_of)
-            }
-        };
-        Part {
-            guest,
-            files,
-            shared_memory_bytes,
-            network: Connections::default(),
-        }
-    }
-
-    /// Makes the sandbox's cgroup, and leaves word of it for whoever has to clean up after this server.
-    fn cgroup(&self, sized: &Spec, size: VmSize) -> Result<Option<HostCgroup>, TaskError> {
-        let left = host("leave word for a later delete");
-        let store = |cgroup: Option<&HostCgroup>| {
-            Ticket {
-                pid: std::process::id(),
-                cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
-                unit: cgroup.and_then(HostCgroup::unit).map(str::to_owned),
-            }
-            .store(&self.bundle.path)
-        };
-        self.hooks.lists.store(&self.bundle.path).map_err(&left)?;
-        store(None).map_err(&left)?;
-        let cgroup = HostCgroup::make(sized, &self.id, size, self.cgroups)?;
-        store(cgroup.as_ref()).map_err(&left)?;
-        Ok(cgroup)
-    }
-
-    /// The container in the guest, its streams flowing.
-    async fn set_up(
-        &self,
-        init: &Process,
-        Place {
-            sandbox,
-            share,
-            volumes,
-        }: Place<'_>,
-        Part {
-            guest,
-            files,
-            shared_memory_bytes,
-            network,
-        }: Part,
-        mut streams: Files,
-    ) -> Result<Created, TaskError> {
-        self.hooks.before_creation().await?;
-        let id = self.id.as_str();
-        let found = volumes.find(share, id, &files);
-        let request = CreateRequest {
-            spec: serde_json::to_vec(&guest).map_err(TaskError::Spec)?,
-            bundle: self.bundle.path.to_string_lossy().into_owned(),
-            wanted: streams.wanted(self.paths.terminal),
-            network,
-            shared_memory_bytes,
-            activation: Activation::default(),
-            seccomp: match &self.hooks.supervisor {
-                Some(supervisor) => {
-                    let subject = self.hooks.subject(Status::Creating);
-                    Some(supervisor.reach().await?.engage(subject).await?)
-                }
-                None => None,
-            },
-            volumes: volumes::listings(&found),
-        };
-        let started = sandbox.create(id, request).await?;
-        volumes.follow(id, found);
-        init.hold_input(streams.keeper.take());
-        let ready = streams
-            .flow(started.streams)
-            .map_err(TaskError::from)
-            .and_then(|flowing| Ok((flowing, share.seal(id, &files)?)));
-        match ready {
-            Ok((flowing, ())) => Ok(Created {
-                flowing,
-                guest_pid: started.pid,
-            }),
-            Err(error) => {
-                // It must not stay in a sandbox that lives on. What fails here fails because the sandbox is ending.
-                let _ = sandbox.signal(id, INIT, KILL, true).await;
-                let _ = sandbox.wait(id, INIT).await;
-                let _ = sandbox.delete(id).await;
-                volumes.forget(id);
-                Err(error)
-            }
-        }
-    }
-}
-
 /// Takes the lock on a bundle that tells others whether its server lives.
 fn locked(bundle: &Path) -> Result<File, TaskError> {
     let failed = host("lock the bundle");
     let dir = File::open(bundle).map_err(&failed)?;
     flock(&dir, FlockOperation::NonBlockingLockExclusive).map_err(|errno| failed(errno.into()))?;
     Ok(dir)
-}
-
-fn first_state(id: &ContainerId, bundle: &Bundle) -> State {
-    State {
-        oci_version: bundle.spec.version().clone(),
-        id: id.clone(),
-        pid: std::process::id(),
-        status: Status::Creating,
-        bundle: bundle.path.clone(),
-        rootfs: bundle.rootfs.clone(),
-        created: timestamp(SystemTime::now()),
-        annotations: bundle.spec.annotations().clone(),
-        cgroup: None,
-        systemd_unit: None,
-    }
 }

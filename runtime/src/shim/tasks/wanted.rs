@@ -1,0 +1,267 @@
+//! What a container, or a sandbox that is held, needs before the guest hears of it: read, checked, mounted, split.
+
+use std::{path::Path, time::SystemTime};
+
+use containerd_shim_protos::{api::CreateTaskRequest, types::mount::Mount};
+use oci_spec::runtime::Spec;
+
+use super::{KILL, bundle_path, held::Held};
+use crate::{
+    bundle::Bundle,
+    cgroup::{HostCgroup, Terms},
+    config::Config,
+    guest_spec::{self, HostFiles},
+    monitor::HostHooks,
+    network::Connections,
+    rootless::Rootless,
+    sandbox::{Activation, CreateRequest, INIT, Sandbox},
+    share::Share,
+    shim::{
+        container::Hooks,
+        error::{TaskError, host},
+        options::Options,
+        pod::{self, Role},
+        process::Process,
+        rootfs::{self, Rootfs},
+        stdio::{Files, Flowing, Paths},
+        ticket::Ticket,
+    },
+    sizing::VmSize,
+    state::{ContainerId, State, Status, timestamp},
+    supervision::Supervisor,
+    volumes::{self, Follower},
+};
+
+/// A container that is wanted, checked and with its root file system mounted.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) id: ContainerId,
+    pub(super) bundle: Bundle,
+    pub(super) role: Role,
+    /// It runs nothing: it holds a pod's namespaces.
+    pub(super) holds: bool,
+    pub(super) rootfs: Rootfs,
+    pub(super) paths: Paths,
+    pub(super) hooks: Hooks,
+    pub(super) config: Config,
+    pub(super) cgroups: Terms,
+}
+
+/// A container's specification, split.
+pub(super) struct Part {
+    pub(super) guest: Spec,
+    pub(super) files: HostFiles,
+    pub(super) shared_memory_bytes: Option<u64>,
+    /// Beyond loopback; a pod's members find it in the namespace that they join.
+    pub(super) network: Connections,
+}
+
+/// Where a container is made.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) sandbox: &'a Sandbox,
+    pub(super) share: &'a Share,
+    pub(super) volumes: &'a Follower,
+}
+
+/// A container that the guest has created.
+pub(super) struct Created {
+    pub(super) flowing: Flowing,
+    pub(super) guest_pid: u32,
+}
+
+impl Wanted {
+    /// Reads and checks what is wanted, and mounts its root file system. Where a sandbox is held, it is for its members
+    /// alone, whether their annotations say so or only the socket that they came by.
+    pub(super) fn of(request: &CreateTaskRequest, held: Option<&Held>) -> Result<Self, TaskError> {
+        if !request.checkpoint.is_empty() {
+            return Err(TaskError::Unsupported("to restore a checkpoint"));
+        }
+        let options = Options::of(request.options.as_ref())?;
+        let id = ContainerId::parse(&request.id)?;
+        let path = bundle_path(request);
+        let role = match (pod::role_of(&path)?, held) {
+            (Role::Alone, Some(held)) => Role::Member {
+                sandbox: held.id.clone(),
+            },
+            (role, _) => role,
+        };
+        let rootfs = Rootfs::mount(&request.rootfs, &path.join("rootfs"))?;
+        let mut wanted = Self::load(id, &path, role, rootfs, &options)?;
+        if let Some(held) = held {
+            pod::furnish(&mut wanted.bundle.spec, &held.files);
+        }
+        wanted.paths = Paths {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        Ok(wanted)
+    }
+
+    /// The same for what holds a pod's namespaces.
+    pub(super) fn of_sandbox(
+        id: ContainerId,
+        path: &Path,
+        rootfs: &[Mount],
+        options: &Options,
+    ) -> Result<Self, TaskError> {
+        let rootfs = Rootfs::mount(rootfs, &path.join("rootfs"))?;
+        let mut wanted = Self::load(id, path, Role::Sandbox, rootfs, options)?;
+        wanted.holds = true;
+        Ok(wanted)
+    }
+
+    fn load(
+        id: ContainerId,
+        path: &Path,
+        role: Role,
+        rootfs: Rootfs,
+        options: &Options,
+    ) -> Result<Self, TaskError> {
+        let config = match &options.config {
+            Some(file) => Config::load_from(file)?,
+            None => Config::load()?,
+        };
+        let bundle = match role {
+            Role::Member { .. } => Bundle::load_member(path, &config)?,
+            Role::Alone | Role::Sandbox => Bundle::load(path, &config)?,
+        };
+        let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
+        let hooks = Hooks {
+            lists: HostHooks::of(&bundle.spec),
+            state: first_state(&id, &bundle),
+            supervisor: Supervisor::of(&bundle.spec, path),
+        };
+        Ok(Self {
+            id,
+            role,
+            holds: false,
+            rootfs,
+            paths: Paths::default(),
+            hooks,
+            config,
+            cgroups: Terms {
+                systemd: options.wants_systemd(bundle.cgroups_path()),
+                rootless: Rootless::Auto,
+            },
+            bundle,
+        })
+    }
+
+    /// Splits its specification; in a pod, shared memory is the guest's.
+    pub(super) fn part(&self) -> Part {
+        let spec = self.bundle.spec.clone();
+        let (mut guest, mut files) = guest_spec::split(self.id.as_str(), &self.bundle.path, spec);
+        let shared_memory_bytes = match self.role {
+            Role::Alone => None,
+            Role::Sandbox | Role::Member { .. } => {
+                pod::share_memory(&mut guest, &mut files, rootfs::size_of)
+            }
+        };
+        Part {
+            guest,
+            files,
+            shared_memory_bytes,
+            network: Connections::default(),
+        }
+    }
+
+    /// Makes the sandbox's cgroup, and leaves word of it for whoever has to clean up after this server.
+    pub(super) fn cgroup(
+        &self,
+        sized: &Spec,
+        size: VmSize,
+    ) -> Result<Option<HostCgroup>, TaskError> {
+        let left = host("leave word for a later delete");
+        let store = |cgroup: Option<&HostCgroup>| {
+            Ticket {
+                pid: std::process::id(),
+                cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
+                unit: cgroup.and_then(HostCgroup::unit).map(str::to_owned),
+            }
+            .store(&self.bundle.path)
+        };
+        self.hooks.lists.store(&self.bundle.path).map_err(&left)?;
+        store(None).map_err(&left)?;
+        let cgroup = HostCgroup::make(sized, &self.id, size, self.cgroups)?;
+        store(cgroup.as_ref()).map_err(&left)?;
+        Ok(cgroup)
+    }
+
+    /// The container in the guest, its streams flowing.
+    pub(super) async fn set_up(
+        &self,
+        init: &Process,
+        Place {
+            sandbox,
+            share,
+            volumes,
+        }: Place<'_>,
+        Part {
+            guest,
+            files,
+            shared_memory_bytes,
+            network,
+        }: Part,
+        mut streams: Files,
+    ) -> Result<Created, TaskError> {
+        self.hooks.before_creation().await?;
+        let id = self.id.as_str();
+        let found = volumes.find(share, id, &files);
+        let request = CreateRequest {
+            spec: serde_json::to_vec(&guest).map_err(TaskError::Spec)?,
+            bundle: self.bundle.path.to_string_lossy().into_owned(),
+            wanted: streams.wanted(self.paths.terminal),
+            network,
+            shared_memory_bytes,
+            activation: Activation::default(),
+            seccomp: match &self.hooks.supervisor {
+                Some(supervisor) => {
+                    let subject = self.hooks.subject(Status::Creating);
+                    Some(supervisor.reach().await?.engage(subject).await?)
+                }
+                None => None,
+            },
+            volumes: volumes::listings(&found),
+            holds: self.holds,
+        };
+        let started = sandbox.create(id, request).await?;
+        volumes.follow(id, found);
+        init.hold_input(streams.keeper.take());
+        let ready = streams
+            .flow(started.streams)
+            .map_err(TaskError::from)
+            .and_then(|flowing| Ok((flowing, share.seal(id, &files)?)));
+        match ready {
+            Ok((flowing, ())) => Ok(Created {
+                flowing,
+                guest_pid: started.pid,
+            }),
+            Err(error) => {
+                // It must not stay in a sandbox that lives on. What fails here fails because the sandbox is ending.
+                let _ = sandbox.signal(id, INIT, KILL, true).await;
+                let _ = sandbox.wait(id, INIT).await;
+                let _ = sandbox.delete(id).await;
+                volumes.forget(id);
+                Err(error)
+            }
+        }
+    }
+}
+
+fn first_state(id: &ContainerId, bundle: &Bundle) -> State {
+    State {
+        oci_version: bundle.spec.version().clone(),
+        id: id.clone(),
+        pid: std::process::id(),
+        status: Status::Creating,
+        bundle: bundle.path.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: timestamp(SystemTime::now()),
+        annotations: bundle.spec.annotations().clone(),
+        cgroup: None,
+        systemd_unit: None,
+    }
+}
