@@ -21,6 +21,8 @@ pub struct Log {
     file: Option<File>,
     format: Format,
     debug: bool,
+    /// Which container, in which sandbox.
+    about: Option<[String; 2]>,
 }
 
 /// Shape of a line.
@@ -66,6 +68,7 @@ impl Log {
             file: None,
             format: Format::Text,
             debug: false,
+            about: None,
         }
     }
 
@@ -93,7 +96,16 @@ impl Log {
             file,
             format,
             debug,
+            about: None,
         })
+    }
+
+    /// The log of one container's life, whose lines name it and its sandbox: many of them may share a file.
+    pub fn about(self, container: &str, sandbox: &str) -> Self {
+        Self {
+            about: Some([container.to_owned(), sandbox.to_owned()]),
+            ..self
+        }
     }
 
     /// The command failed.
@@ -123,16 +135,21 @@ impl Log {
 
     fn write(&self, level: Level, text: &str) {
         let now = SystemTime::now();
+        let about = self
+            .about
+            .as_ref()
+            .map(|[container, sandbox]| [("container", container.as_str()), ("sandbox", sandbox)]);
+        let about = about.as_ref().map_or(&[][..], |fields| fields);
         match &self.file {
             // A log that cannot be written must not change what the command does.
             Some(file) => {
                 let mut file: &File = file;
-                drop(file.write_all(line(self.format, level, text, now, &[]).as_bytes()));
+                drop(file.write_all(line(self.format, level, text, now, about).as_bytes()));
             }
             None if self.format == Format::Text && io::stderr().is_terminal() => {
                 to_stderr(&terminal_line(level, text));
             }
-            None => to_stderr(&line(self.format, level, text, now, &[])),
+            None => to_stderr(&line(self.format, level, text, now, about)),
         }
     }
 }
@@ -283,6 +300,20 @@ mod tests {
         assert!(
             text.lines()
                 .all(|line| line.contains("\"level\":\"warning\""))
+        );
+    }
+
+    #[test]
+    fn a_containers_log_names_it_and_its_sandbox() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = Log::open(Some(&path), "json", false).unwrap();
+        log.about("c1", "s1").error("e");
+        let text = fs::read_to_string(&path).unwrap();
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            (&line["container"], &line["sandbox"], &line["msg"]),
+            (&"c1".into(), &"s1".into(), &"e".into())
         );
     }
 

@@ -16,7 +16,7 @@ use self::{
 use super::{
     hooks::HostHooks,
     live::{Live, Record},
-    membership::{Joined, Premises, Sharer},
+    membership::{self, Joined, Premises, Sharer},
     order::{Go, Order, Report},
 };
 use crate::{
@@ -214,7 +214,7 @@ pub(super) async fn create(
     };
     trace.mark(Who::Machine, "boot until the agent dials");
     let inside = joining.map(Joining::finish).transpose()?;
-    let log = log.map(Arc::new);
+    let log = log.map(|log| Arc::new(log.about(id, &membership::sandbox(&holder))));
     let following = Follower::new(&sandbox, complain(log.clone()));
 
     let created = async {

@@ -13,6 +13,7 @@
 //! Not here: the member's questions (`sandbox/remote.rs`).
 
 use std::{
+    borrow::Cow,
     ffi::OsStr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -49,6 +50,11 @@ pub(super) struct Premises {
     pub(super) share: PathBuf,
     /// The mount namespace in which it is.
     pub(super) namespace: Arc<OwnedFd>,
+}
+
+/// A sandbox's name, that of the container which brought it, by the state directory of its holder.
+pub(super) fn sandbox(holder: &Path) -> Cow<'_, str> {
+    holder.file_name().unwrap_or_default().to_string_lossy()
 }
 
 /// The container whose sandbox is to be joined.
