@@ -9,6 +9,7 @@ use crate::cgroup::{Cgroup, HIERARCHY};
 use crate::listening;
 use crate::network::{self, Resolver};
 use crate::notify::Notify;
+use crate::plan::disks::Placed;
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
 use crate::plan::seccomp::Filter;
@@ -139,8 +140,13 @@ struct Planned {
     personality: Option<LinuxPersonality>,
 }
 
-fn plan(request: &CreateContainerRequest, preserved: u32) -> Result<Planned, ContainerError> {
-    let spec: Spec = plan::parse(&request.spec)?;
+fn plan(
+    request: &CreateContainerRequest,
+    preserved: u32,
+    disks: &[Placed],
+) -> Result<Planned, ContainerError> {
+    let mut spec: Spec = plan::parse(&request.spec)?;
+    plan::disks::translate(&mut spec, disks);
     let linux = spec.linux().as_ref();
     let resources = linux.and_then(|l| l.resources().as_ref());
     let filter = linux
@@ -206,6 +212,7 @@ impl Container {
     pub(crate) async fn create(
         workshop: &Workshop,
         request: &CreateContainerRequest,
+        disks: &[Placed],
     ) -> Result<Self, ContainerError> {
         let ports = &request.preserved_ports;
         let preserved = u32::try_from(ports.len()).unwrap_or(u32::MAX);
@@ -216,7 +223,7 @@ impl Container {
             devices,
             filter,
             personality,
-        } = plan(request, preserved)?;
+        } = plan(request, preserved, disks)?;
         let none = Stdio::default();
         let stdio = request.stdio.as_ref().unwrap_or(&none);
         let dialed =

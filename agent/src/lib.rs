@@ -10,6 +10,7 @@ pub mod cgroup;
 pub mod child;
 mod container;
 mod devices;
+mod disks;
 pub mod guest;
 mod inspect;
 pub mod kmsg;
@@ -26,6 +27,7 @@ pub mod socket;
 mod stdio;
 mod supervision;
 mod sys;
+mod virtio;
 mod volumes;
 
 /// An error and its causes, as one line.

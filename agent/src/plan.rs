@@ -7,6 +7,7 @@
 //! Not here: limits and device rules of the cgroup (`plan/resources.rs`, `devices.rs`), which the agent itself applies.
 //! Spec: OCI runtime specification 1.2, config.md and config-linux.md.
 
+pub mod disks;
 pub mod mounts;
 pub mod namespaces;
 pub mod process;

@@ -5,6 +5,7 @@
 //! Here errors become RPC codes, and nowhere else.
 
 use crate::container::{Container, ContainerError, Workshop};
+use crate::disks::Disks;
 use crate::error_line;
 use crate::guest::{self, GuestError};
 use crate::machine;
@@ -43,6 +44,7 @@ struct Service {
     loopback: Loopback,
     /// Whether the directory of volumes is mounted. No await while it is held.
     holds_volumes: Mutex<bool>,
+    disks: Disks,
     shutdown: Arc<Notify>,
 }
 
@@ -65,6 +67,7 @@ fn code(error: &ContainerError) -> Code {
         }
         ContainerError::Cgroup(_)
         | ContainerError::Network(_)
+        | ContainerError::Disk(_)
         | ContainerError::Process(_)
         | ContainerError::Guest(_)
         | ContainerError::Volume(VolumeError::Step { .. })
@@ -128,7 +131,19 @@ impl Service {
             !request.volumes.is_empty(),
             guest::hold_volumes,
         )?;
-        let container = Container::create(&self.workshop, &request).await?;
+        let made = async {
+            let disks = self.disks.give(&claim.id, &request.disks).await?;
+            Container::create(&self.workshop, &request, &disks).await
+        };
+        let container = match made.await {
+            Ok(container) => container,
+            Err(error) => {
+                if let Err(left) = self.disks.release(&claim.id).await {
+                    crate::kmsg::error(&error_line(&left));
+                }
+                return Err(error);
+            }
+        };
         let pid = container.init.pid;
         claim.keep(Arc::new(container));
         Ok(pid)
@@ -139,6 +154,7 @@ impl Service {
             return Ok(());
         };
         container.remove().await?;
+        self.disks.release(id).await?;
         self.containers().remove(id);
         Ok(())
     }
@@ -450,6 +466,7 @@ async fn serve(mut control: Socket, dial: impl Dial) -> ttrpc::Result<()> {
         shares_memory: Mutex::default(),
         loopback: Loopback::default(),
         holds_volumes: Mutex::default(),
+        disks: Disks::default(),
         shutdown: Arc::clone(&shutdown),
     };
     let connection = stream::once(async { Ok::<_, io::Error>(control) });

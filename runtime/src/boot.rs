@@ -24,6 +24,7 @@ use crate::{
     sandbox::{BootError, Booting},
     share::{Share, ShareError},
     sizing::Bounds,
+    slots::Slots,
     vmm::Machine,
 };
 
@@ -68,8 +69,8 @@ pub struct Boot<'a> {
     pub cgroup: Option<&'a HostCgroup>,
     /// Its network interfaces (`network`).
     pub networks: Vec<Plug>,
-    /// How many more there may be.
-    pub spare_networks: u8,
+    /// Their places, and those for more of them and for disks.
+    pub slots: Slots,
 }
 
 impl Boot<'_> {
@@ -84,7 +85,7 @@ impl Boot<'_> {
             share,
             cgroup,
             networks,
-            spare_networks,
+            slots,
         } = self;
         let kernel = vm.and_then(|vm| vm.kernel.as_ref());
         let cmdline = kernel.map_or_else(
@@ -105,7 +106,7 @@ impl Boot<'_> {
             boot_deadline: Duration::from_millis(config.boot_timeout_ms),
             share: share.root()?,
             networks,
-            spare_networks,
+            slots,
             vhost_net: config.vhost_net,
             console: config.debug_console.then(|| log_file(dir)).transpose()?,
             alive: Some(lock_file(dir)?),

@@ -34,6 +34,7 @@ use crate::{
     network::Plug,
     packet::{self, PacketError, Packets},
     sizing::Bounds,
+    slots::Slots,
     spawn::{Child, spawn},
     text::one_line,
     watched::watch,
@@ -65,8 +66,8 @@ pub struct Machine<'a> {
     pub share: OwnedFd,
     /// The network interfaces that are there from the start, in the slots of their order.
     pub networks: Vec<Plug>,
-    /// How many more there may be.
-    pub spare_networks: u8,
+    /// Their places, and those for more of them and for disks.
+    pub slots: Slots,
     /// Whether the host's kernel may move their packets.
     pub vhost_net: bool,
     /// Where the guest's whole kernel log goes, if anywhere.
@@ -181,7 +182,8 @@ impl Vmm {
                     vhost: plug.vhost.map(|vhost| files.add(vhost)),
                 })
                 .collect(),
-            spare_networks: machine.spare_networks,
+            // At most 16.
+            spare_networks: u8::try_from(machine.slots.free()).unwrap_or(u8::MAX),
             vhost_net: machine.vhost_net,
             disks: Vec::new(),
             console: machine.console.map(|file| files.add(file)),

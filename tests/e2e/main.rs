@@ -8,6 +8,7 @@
 mod agent_deaths;
 mod bytes;
 mod cycles;
+mod disks;
 mod files;
 mod growth;
 mod guest_ends;

@@ -14,7 +14,7 @@ use crate::kills::truth_then_nothing;
 const MOMENTS: u32 = 3;
 
 /// A container that lasts, with a web server on its loopback; its bundle, to start it again.
-fn start_holder(case: &Case) -> Bundle {
+pub(crate) fn start_holder(case: &Case) -> Bundle {
     let bundle = case.bundle_in("holder").script(
         "mkdir -p /dev/shm/w; echo a page >/dev/shm/w/page; exec httpd -f -p 8000 -h /dev/shm/w",
     );
@@ -28,7 +28,7 @@ fn member(case: &Case) -> Bundle {
 }
 
 /// Names the namespaces of the holder's process.
-fn join(bundle: Bundle, holder: Pid) -> Bundle {
+pub(crate) fn join(bundle: Bundle, holder: Pid) -> Bundle {
     let pid = holder.as_raw_nonzero();
     bundle.edit(|spec| {
         let list = spec["linux"]["namespaces"].as_array_mut();

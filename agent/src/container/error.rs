@@ -2,6 +2,7 @@
 
 use super::State;
 use crate::cgroup::CgroupError;
+use crate::disks::DiskError;
 use crate::guest::GuestError;
 use crate::network::NetworkError;
 use crate::plan::PlanError;
@@ -20,6 +21,8 @@ pub(crate) enum ContainerError {
     Process(#[from] ProcessError),
     #[error(transparent)]
     Network(#[from] NetworkError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]

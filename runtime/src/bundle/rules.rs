@@ -11,7 +11,7 @@ use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec
 
 use super::{BundleError, Caller, OCI_VERSION, Place, VmSection, seccomp};
 use crate::config::Config;
-use crate::{id_mapping, memory_policy};
+use crate::{disks, id_mapping, memory_policy};
 
 /// All rules, in the order in which a person would read the file.
 pub(super) fn check(
@@ -57,7 +57,22 @@ pub(super) fn warnings(spec: &Spec) -> Vec<String> {
     labels
         .chain(apparmor)
         .chain(first_version_of_cgroups(spec))
+        .chain(disks_left_out(spec))
         .collect()
+}
+
+/// Engines give a privileged container a node for each device of the host.
+fn disks_left_out(spec: &Spec) -> Option<String> {
+    let left: Vec<_> = disks::left_out(spec)
+        .into_iter()
+        .map(|path| path.to_string_lossy())
+        .collect();
+    (!left.is_empty()).then(|| {
+        format!(
+            "linux.devices: there is no disk behind {}: a container gets those that a rule of its own names",
+            left.join(", ")
+        )
+    })
 }
 
 /// Settings of cgroup v1 that v2 does not have. runc leaves them out there without a word.

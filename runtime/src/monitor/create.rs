@@ -25,6 +25,7 @@ use crate::{
     cgroup::HostCgroup,
     config::Config,
     control::Listener,
+    disks::{self, Disk},
     forwarded::Signals,
     guest_spec::{self, HostFiles},
     identities::{self, Identities},
@@ -58,6 +59,7 @@ struct Checked {
     identities: Option<Identities>,
     size: VmSize,
     bounds: Bounds,
+    disks: Vec<Disk>,
 }
 
 fn check(order: &Order) -> Result<Checked, CreateError> {
@@ -86,6 +88,7 @@ fn check(order: &Order) -> Result<Checked, CreateError> {
     let size = sizing::size(&bundle.spec, bundle.vm.as_ref(), &config, host_has)?;
     Ok(Checked {
         log,
+        disks: disks::open_all(&bundle.spec)?,
         bounds: Bounds::of(size, &config, host_has),
         config,
         bundle,
@@ -112,6 +115,7 @@ pub(super) async fn create(
         identities,
         size,
         bounds,
+        disks,
     } = check(&order)?;
     trace.mark(Who::Holder, "check the bundle");
     // Nothing so far has left anything. The session's end is this process's own from here on.
@@ -181,6 +185,7 @@ pub(super) async fn create(
                 bounds,
                 cgroup: cgroup.as_ref(),
                 host_files: &host_files,
+                disks: disks.len(),
             };
             let (share, network, booting) = ground.boot(user_network.flatten(), &mut trace)?;
             (share, Some(network), Birth::Boots(booting))
@@ -206,6 +211,7 @@ pub(super) async fn create(
         guest_spec::add_notify_socket(&mut guest, id);
     }
     let mut request = request(&guest, &bundle, &streams, shared_memory_bytes, order.notify)?;
+    request.disks = disks;
     let sandbox = match birth {
         Birth::Boots(booting) => unless_abandoned(report, booting.ready())
             .await??
@@ -326,6 +332,8 @@ struct Ground<'a> {
     bounds: Bounds,
     cgroup: Option<&'a HostCgroup>,
     host_files: &'a HostFiles,
+    /// How many it brings.
+    disks: usize,
 }
 
 impl Ground<'_> {
@@ -340,7 +348,7 @@ impl Ground<'_> {
         if let Some(user_network) = user_network {
             network.add_user_network(user_network)?;
         }
-        let networks = network.boot(self.config)?;
+        let networks = network.boot(self.config, self.disks)?;
         trace.mark(Who::Holder, "split the bundle, enter the network");
         let share = Share::make(&self.dir.path().join("share"))?;
         share.add(self.id, self.host_files)?;
@@ -354,14 +362,14 @@ impl Ground<'_> {
             share: &share,
             cgroup: self.cgroup,
             networks,
-            spare_networks: network.spare(),
+            slots: network.places(),
         };
         let booting = boot.start()?;
         Ok((share, network, booting))
     }
 }
 
-/// What the guest is asked for; its network is known later.
+/// What the guest is asked for; its network and its disks are added later.
 fn request(
     guest: &Spec,
     bundle: &Bundle,
@@ -388,6 +396,7 @@ fn request(
         seccomp: None,
         volumes: Vec::new(),
         holds: false,
+        disks: Vec::new(),
     })
 }
 

@@ -39,7 +39,7 @@ use std::{
 };
 
 use caisson_agent_api::{self as api, netlink::Builder};
-use caisson_vmm_spec::{MAX_NETWORKS, NETWORK_DEVICES_FROM, NetworkKind};
+use caisson_vmm_spec::{MAX_NETWORKS, NetworkKind};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +58,10 @@ use self::{
     tap::Tap,
     view::{Difference, Interface, Listings, View},
 };
-use crate::config::Config;
+use crate::{
+    config::Config,
+    slots::{Slots, device},
+};
 pub use caisson_agent_api::Network as Connections;
 
 /// Name of the file in the state directory that says where something may have been left.
@@ -185,7 +188,9 @@ pub struct Network {
     notices: Notices,
     /// What the virtual machine has, or is about to have.
     view: View,
+    /// By place; those of [`Network::places`] that others took are empty here.
     slots: Vec<Option<Occupant>>,
+    places: Slots,
     limits: Limits,
     /// Whether the host's kernel is to move packets.
     vhost: bool,
@@ -259,6 +264,7 @@ impl Network {
             notices,
             view: View::default(),
             slots: Vec::new(),
+            places: Slots::default(),
             limits: Limits::default(),
             vhost: false,
             place,
@@ -302,23 +308,22 @@ impl Network {
         ))
     }
 
-    /// Joins the interfaces that are there, and has as many slots as they need and those to spare that the host's
-    /// configuration says. Its limits hold for these interfaces and later ones.
-    pub fn boot(&mut self, config: &Config) -> Result<Vec<Plug>, NetworkError> {
+    /// Joins the interfaces that are there, and has as many places as they need, so many disks, and those to spare that
+    /// the host's configuration says. Its limits hold for these interfaces and later ones.
+    pub fn boot(&mut self, config: &Config, disks: usize) -> Result<Vec<Plug>, NetworkError> {
         self.limits = Limits::from(config);
         self.vhost = config.vhost_net;
-        let spare = config.spare_interfaces;
+        let spare = usize::from(config.spare_interfaces) + disks;
         let all: Vec<u32> = self.view.interfaces.keys().copied().collect();
-        let slots = (all.len() + usize::from(spare)).min(MAX_NETWORKS);
-        self.slots.resize_with(slots, || None);
+        self.places = Slots::new(all.len() + spare);
+        self.slots.resize_with(MAX_NETWORKS, || None);
         let view = self.view.clone();
         self.connect(&view, &all)
     }
 
-    /// How many of the slots are spare.
-    pub fn spare(&self) -> u8 {
-        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
-        u8::try_from(free).unwrap_or(u8::MAX)
+    /// The virtual machine's places for interfaces and disks, as many as [`Network::boot`] wanted.
+    pub fn places(&self) -> Slots {
+        self.places.clone()
     }
 
     /// All that the guest needs for the interfaces so far.
@@ -363,6 +368,10 @@ impl Network {
             }
         }
         change.plugs = self.connect(&next, &difference.appeared)?;
+        // Only now: what has just come is plugged in before these are unplugged.
+        for slot in &change.unplugs {
+            self.places.give_back(*slot);
+        }
         change.guest = self.guest(difference, &next);
         change.guest.gone = change.unplugs.iter().map(|slot| device(*slot)).collect();
         self.view = next;
@@ -377,7 +386,7 @@ impl Network {
     /// How the virtual machine's view becomes `next`, from which those interfaces are taken that find no free slot.
     fn within_slots(&mut self, next: &mut View) -> Difference {
         let difference = self.view.difference(next);
-        let free = usize::from(self.spare()) + difference.gone.len();
+        let free = self.places.free();
         if difference.appeared.len() <= free {
             return difference;
         }
@@ -397,10 +406,9 @@ impl Network {
                 continue;
             };
             let name = || interface.name.clone();
-            let free = self.slots.iter().position(Option::is_none);
-            let free = free.ok_or_else(|| NetworkError::Full { name: name() })?;
-            // There are at most `MAX_NETWORKS`.
-            let slot = u8::try_from(free).unwrap_or(u8::MAX);
+            let slot = self.places.take_first();
+            let slot = slot.ok_or_else(|| NetworkError::Full { name: name() })?;
+            let free = usize::from(slot);
             let (index, mac) = (*index, interface.mac);
             if let Some(user) = self.user.as_mut().filter(|it| it.outside.index == index) {
                 let tap = user.passt.socket(&user.outside)?;
@@ -419,6 +427,7 @@ impl Network {
                 .tap()
                 .and_then(|tap| Joint::make(&self.socket, index, interface, tap, self.limits));
             let (joint, tap) = made.map_err(|source| {
+                self.places.give_back(slot);
                 let name = name();
                 NetworkError::Connect { name, source }
             })?;
@@ -532,11 +541,6 @@ fn open_vhost() -> Option<OwnedFd> {
 
 fn sockets() -> io::Result<(Socket, Notices)> {
     Ok((Socket::open()?, Notices::open()?))
-}
-
-/// The guest's number for the device of a slot.
-fn device(slot: u8) -> u32 {
-    NETWORK_DEVICES_FROM + u32::from(slot)
 }
 
 /// Removes what an owner that was killed has left in a namespace that is not its own. Its virtual machine has ended.

@@ -13,6 +13,7 @@ use super::{Sandbox, owner};
 use crate::{
     agent::Agent,
     sizing::Bounds,
+    slots::Slots,
     vmm::{Ended, Machine, Vmm, VmmError},
 };
 
@@ -37,18 +38,21 @@ pub enum BootError {
 #[derive(Debug)]
 pub struct Booting {
     vmm: Vmm,
+    slots: Slots,
 }
 
 /// A guest whose agent has dialled.
 pub struct Ready {
     vmm: Vmm,
     agent: Agent,
+    slots: Slots,
 }
 
 impl Booting {
     /// Starts the virtual machine. Must be called inside a runtime.
     pub fn start(machine: Machine<'_>) -> Result<Self, BootError> {
         Ok(Self {
+            slots: machine.slots.clone(),
             vmm: Vmm::start(machine)?,
         })
     }
@@ -62,6 +66,7 @@ impl Booting {
                     return Ok(Ready {
                         vmm: self.vmm,
                         agent,
+                        slots: self.slots,
                     });
                 }
                 Some((
@@ -86,7 +91,7 @@ impl Booting {
 impl Ready {
     /// Hands the virtual machine to its owner, a task of the current runtime.
     pub fn spawn(self, bounds: Bounds) -> Sandbox {
-        owner::spawn(self.vmm, self.agent, bounds)
+        owner::spawn(self.vmm, self.agent, self.slots, bounds)
     }
 }
 

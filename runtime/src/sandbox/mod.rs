@@ -11,6 +11,7 @@
 
 mod boot;
 mod container;
+mod disks;
 mod growth;
 mod inquiry;
 mod message;
@@ -34,6 +35,7 @@ pub use crate::agent::{Activation, Exit};
 use crate::{
     agent::AgentError,
     control::ControlError,
+    disks::{Disk, Number},
     network::Plug,
     process_table::{Table, TableError},
     sizing::{Needs, VmSize},
@@ -78,6 +80,25 @@ pub enum SandboxError {
     /// It is offered memory and does not take it.
     #[error("grow the virtual machine: the guest did not take {0} MiB of memory")]
     NotTaken(u32),
+    /// The VMM cannot use a network interface: its words.
+    #[error("plug a network interface in: {0}")]
+    Plug(String),
+    /// Nowhere to put a disk.
+    #[error("block device {0}: the virtual machine has no device left (spare_interfaces)")]
+    NoSlot(Number),
+    /// Another container of the sandbox has the disk, and may only read it.
+    #[error(
+        "block device {0} is read-only in this virtual machine, for another container, and cannot be written"
+    )]
+    ReadOnly(Number),
+    /// The VMM cannot use a disk: its words.
+    #[error("block device {number}: {message}")]
+    Disk {
+        /// The host's device.
+        number: Number,
+        /// One line.
+        message: String,
+    },
     /// The agent answered, but did not connect a stream first.
     #[error("the guest did not connect the standard streams")]
     Streams,
@@ -174,6 +195,8 @@ pub struct CreateRequest {
     pub volumes: Vec<Volume>,
     /// Its init runs no program and is never started: it holds namespaces for the sandbox's other containers.
     pub holds: bool,
+    /// Block devices of the host.
+    pub disks: Vec<Disk>,
 }
 
 /// One more process for a container.

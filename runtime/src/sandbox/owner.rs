@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use caisson_agent_api::CreateContainerRequest;
+use caisson_agent_api::{self as api, CreateContainerRequest};
 use caisson_vmm_spec::{Cause, Event as VmEvent, MiB, Request};
 use tokio::{
     sync::{Mutex, mpsc, oneshot, watch},
@@ -30,6 +30,7 @@ use super::{
     CreateRequest, Event, Reply, Sandbox, SandboxError, Status,
     boot::LAST_BREATH,
     container::Container,
+    disks::Disks,
     growth::Growth,
     inquiry,
     message::{Busy, Done, Message},
@@ -39,6 +40,7 @@ use crate::{
     agent::{Agent, AgentError},
     network::Plug,
     sizing::Bounds,
+    slots::Slots,
     text::one_line,
     vmm::{Ended, Vmm},
 };
@@ -54,6 +56,7 @@ struct Owner {
     ports: Ports,
     /// Who waits for the VMM to have changed the interface in a slot.
     plugging: HashMap<u8, Reply<()>>,
+    disks: Disks,
     /// Who waits for the VMM to have offered memory, or made vCPUs.
     machine: Option<Reply<()>>,
     /// Who waits for the guest to have so much memory beyond what it booted with; it has to run for that.
@@ -97,13 +100,14 @@ fn verdict(last: Last, wanted: Option<Ended>, observed: Ended) -> Ended {
 }
 
 /// Starts the owner.
-pub(super) fn spawn(vmm: Vmm, agent: Agent, bounds: Bounds) -> Sandbox {
+pub(super) fn spawn(vmm: Vmm, agent: Agent, slots: Slots, bounds: Bounds) -> Sandbox {
     let (outbox, inbox) = mpsc::channel(INBOX);
     let (tell, ended) = watch::channel(None);
     let owner = Owner {
         agent,
         ports: Ports::default(),
         plugging: HashMap::new(),
+        disks: Disks::new(slots),
         machine: None,
         following: None,
         containers: HashMap::new(),
@@ -134,10 +138,10 @@ impl Owner {
                     Ok(Some((VmEvent::Accepted { port }, Some(stream)))) => {
                         self.ports.arrive(port, stream);
                     }
-                    Ok(Some((VmEvent::Plugged { slot } | VmEvent::Unplugged { slot }, _))) => {
-                        if let Some(reply) = self.plugging.remove(&slot) {
-                            answer(reply, Ok(()));
-                        }
+                    Ok(Some((event @ (VmEvent::Plugged { slot } | VmEvent::Unplugged { slot }
+                            | VmEvent::Refused { slot, .. }), _))) => {
+                        self.place_changed(slot, event);
+                        self.unplug_idle(&vmm).await;
                     }
                     Ok(Some((VmEvent::Ended { cause, message, console }, _))) => {
                         break Last::Reported(Ended::reported(cause, &message, &console));
@@ -152,6 +156,7 @@ impl Owner {
                 message = inbox.recv() => match message {
                     Some(message) => {
                         self.handle(message, &vmm).await;
+                        self.unplug_idle(&vmm).await;
                         self.balance(&vmm).await;
                     }
                     None => break Last::Unwanted,
@@ -171,7 +176,9 @@ impl Owner {
 
     async fn handle(&mut self, message: Message, vmm: &Vmm) {
         match message {
-            Message::Create { id, request, reply } => self.create(id, request, reply),
+            Message::Create { id, request, reply } => {
+                self.create(id, request, reply, vmm).await;
+            }
             Message::Start { id, reply } => {
                 let agent = self.agent.clone();
                 let call = {
@@ -321,6 +328,30 @@ impl Owner {
         }
     }
 
+    /// The VMM has done what was asked for one of its places, or cannot.
+    fn place_changed(&mut self, slot: u8, event: VmEvent) {
+        let network = self.plugging.remove(&slot);
+        match (event, network) {
+            (VmEvent::Refused { message, .. }, Some(reply)) => {
+                let message = one_line(&message, 1024);
+                answer(reply, Err(SandboxError::Plug(message)));
+            }
+            (_, Some(reply)) => answer(reply, Ok(())),
+            (VmEvent::Plugged { .. }, None) => self.disks.plugged(slot),
+            (VmEvent::Refused { message, .. }, None) => {
+                self.disks.refused(slot, &one_line(&message, 1024));
+            }
+            (_, None) => self.disks.unplugged(slot),
+        }
+    }
+
+    /// Takes out the disks that nobody has any more.
+    async fn unplug_idle(&mut self, vmm: &Vmm) {
+        for slot in self.disks.idle() {
+            vm_request(vmm, &Request::Unplug { slot }, &[]).await;
+        }
+    }
+
     /// The VMM has done what was asked for the machine's size, or the guest has followed.
     fn machine_changed(&mut self, event: VmEvent) {
         let result = match event {
@@ -462,8 +493,9 @@ async fn tell(outbox: &mpsc::WeakSender<Message>, done: Done, busy: Option<Busy>
 }
 
 /// What the agent is asked for a container; its streams come later.
-fn asked(id: &str, request: CreateRequest) -> CreateContainerRequest {
+fn asked(id: &str, request: CreateRequest, disks: Vec<api::Disk>) -> CreateContainerRequest {
     CreateContainerRequest {
+        disks,
         container_id: id.to_owned(),
         spec: request.spec,
         bundle: request.bundle,

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     agent::{Activation, AgentError, RefusalKind},
     control::{Answer, ControlError, Request, attached, connect, read_attached},
+    disks::{About, Disk},
     packet::{self, Packets},
     process_table::Table,
     sizing::{Needs, VmSize},
@@ -57,6 +58,8 @@ pub enum Question {
         notify: bool,
         /// Its init has a seccomp listener; attached: where the stream for that goes.
         seccomp: bool,
+        /// Its disks; attached: their devices, behind the specification.
+        disks: Vec<About>,
     },
     /// Let its init go on.
     Start,
@@ -213,7 +216,7 @@ fn ended(cause: Cause, message: &str) -> Ended {
 /// Puts one question to the holder and hands its answer on. A holder that hangs up is ending: its member's questions are
 /// dropped unanswered, and the tie says why.
 async fn forward(holder: &std::path::Path, id: &str, message: Message) {
-    let ask = async |question, file| ask(holder, id, question, file, None).await;
+    let ask = async |question, file| ask_with(holder, id, question, file, None, &[]).await;
     match message {
         Message::Create { request, reply, .. } => {
             let CreateRequest {
@@ -227,6 +230,7 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 // They are the holder's to follow: a member's are plain bind mounts.
                 volumes: _,
                 holds: _,
+                disks,
             } = request;
             if !activation.listening.is_empty() {
                 let _ = reply.send(Err(SandboxError::NotHere("take listening sockets over")));
@@ -238,8 +242,9 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 shared_memory_bytes,
                 notify: activation.notify,
                 seccomp: seccomp.is_some(),
+                disks: disks.iter().map(|disk| disk.about).collect(),
             };
-            let told = self::ask(holder, id, question, Some(spec), seccomp).await;
+            let told = ask_with(holder, id, question, Some(spec), seccomp, &disks).await;
             answer(reply, told, |told| started(told, wanted));
         }
         Message::Exec { request, reply, .. } => {
@@ -256,7 +261,7 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 ignore_paused,
                 seccomp: seccomp.is_some(),
             };
-            let told = self::ask(holder, id, question, Some(process), seccomp).await;
+            let told = ask_with(holder, id, question, Some(process), seccomp, &[]).await;
             answer(reply, told, |told| started(told, wanted));
         }
         Message::Ready { reply, .. } => answer(reply, ask(Question::Ready, None).await, done),
@@ -359,12 +364,13 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
 type Told = (Reply, Vec<OwnedFd>);
 
 /// `None`: the holder hung up.
-async fn ask(
+async fn ask_with(
     holder: &std::path::Path,
     id: &str,
     question: Question,
     file: Option<Vec<u8>>,
     seccomp: Option<Handover>,
+    disks: &[Disk],
 ) -> Result<Option<Told>, ControlError> {
     let Ok(packets) = connect(holder) else {
         return Ok(None);
@@ -375,7 +381,9 @@ async fn ask(
     let way = seccomp.map(awaited).transpose();
     let way = way.map_err(ControlError::Process)?;
     let fds = file.iter().map(AsFd::as_fd);
-    let fds: Vec<BorrowedFd<'_>> = fds.chain(way.iter().map(AsFd::as_fd)).collect();
+    let fds = fds.chain(way.iter().map(AsFd::as_fd));
+    let disks = disks.iter().map(|disk| disk.file.as_fd());
+    let fds: Vec<BorrowedFd<'_>> = fds.chain(disks).collect();
     packets
         .send(&Request::Member { id, question }, &fds)
         .await?;
@@ -487,8 +495,11 @@ pub async fn carry_out(
             shared_memory_bytes,
             notify,
             seccomp,
-        } => match attachments(&mut fds, seccomp) {
-            Ok((spec, seccomp)) => {
+            disks: about,
+        } => match split_off(&mut fds, &about)
+            .and_then(|disks| Ok((attachments(&mut fds, seccomp)?, disks)))
+        {
+            Ok(((spec, seccomp), disks)) => {
                 let request = CreateRequest {
                     spec,
                     bundle,
@@ -502,6 +513,7 @@ pub async fn carry_out(
                     seccomp,
                     volumes: Vec::new(),
                     holds: false,
+                    disks,
                 };
                 keep(&mut streams, sandbox.create(id, request).await)
             }
@@ -599,6 +611,18 @@ fn attachments(
 ) -> Result<(Vec<u8>, Option<Handover>), SandboxError> {
     let handover = seccomp.then(|| passed_on(fds)).transpose()?;
     Ok((file_of(std::mem::take(fds))?, handover))
+}
+
+/// The devices of disks, which are the last that were attached.
+fn split_off(fds: &mut Vec<OwnedFd>, about: &[About]) -> Result<Vec<Disk>, SandboxError> {
+    let first = fds.len().checked_sub(about.len());
+    let first = first.ok_or(SandboxError::Holder(ControlError::Unexpected))?;
+    let disks = about.iter().zip(fds.split_off(first));
+    let disk = |(about, file): (&About, OwnedFd)| Disk {
+        about: *about,
+        file,
+    };
+    Ok(disks.map(disk).collect())
 }
 
 fn file_of(fds: Vec<OwnedFd>) -> Result<Vec<u8>, SandboxError> {

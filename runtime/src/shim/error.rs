@@ -17,6 +17,7 @@ use crate::{
     bundle::BundleError,
     cgroup::CgroupError,
     config::{AnnotationError, ConfigError},
+    disks::DiskError,
     hooks::HookError,
     network::NetworkError,
     sandbox::{BootError, SandboxError},
@@ -64,6 +65,8 @@ pub(super) enum TaskError {
     Annotation(#[from] AnnotationError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Sizing(#[from] SizingError),
     #[error(transparent)]
@@ -147,6 +150,10 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Table(_)
         | SandboxError::Growth(_)
         | SandboxError::NotTaken(_)
+        | SandboxError::Plug(_)
+        | SandboxError::NoSlot(_)
+        | SandboxError::ReadOnly(_)
+        | SandboxError::Disk { .. }
         | SandboxError::Streams
         | SandboxError::Ports(_)
         | SandboxError::Told(_)

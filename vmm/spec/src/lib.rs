@@ -29,7 +29,7 @@ pub const NETWORK_DEVICES_FROM: u32 = MEMORY_DEVICE + 1;
 /// The device that memory comes with: `virtio-mmio.<number>`, of no kind until the first [`Request::Memory`].
 pub const MEMORY_DEVICE: u32 = 3;
 
-/// The most network interfaces, spare ones included.
+/// The most network interfaces, spare ones included, and disks in their places.
 pub const MAX_NETWORKS: usize = 16;
 
 /// An open file descriptor that the VMM inherits, by number.
@@ -80,8 +80,8 @@ pub struct VmSpec {
     /// Network interfaces, each a virtio-net device.
     #[serde(default)]
     pub networks: Vec<NetworkSpec>,
-    /// How many more interfaces may be plugged in while the guest runs ([`Request::Plug`]). Until then each is a device
-    /// of no kind.
+    /// How many more interfaces and disks may be plugged in while the guest runs ([`Request::Plug`], [`Request::PlugDisk`]).
+    /// Until then each is a device of no kind.
     #[serde(default)]
     pub spare_networks: u8,
     /// Whether network interfaces may come with [`NetworkSpec::vhost`]: each of their queues then has a doorbell of its own.
@@ -186,14 +186,26 @@ pub enum Request {
         port: u32,
     },
     /// Connect network interface `slot`, which nothing is connected to, with the attached tap (as in
-    /// [`NetworkSpec::tap`]) and, if one follows it, vhost-net device. Answered by [`Event::Plugged`]; only then may the guest's driver look for it.
+    /// [`NetworkSpec::tap`]) and, if one follows it, vhost-net device. Answered by [`Event::Plugged`]; only then may the
+    /// guest's driver look for it. Or by [`Event::Refused`].
     Plug {
         /// Counted from 0, over [`VmSpec::networks`] and then the spare ones.
         slot: u8,
         /// The guest's MAC address.
         mac: [u8; 6],
     },
-    /// Take network interface `slot` away from the guest and close its tap. Answered by [`Event::Unplugged`].
+    /// Put a disk in the place of network interface `slot`, which nothing is connected to: the attached file or block device.
+    /// Answered as [`Request::Plug`].
+    PlugDisk {
+        /// As in [`Request::Plug`].
+        slot: u8,
+        /// As in [`DiskSpec::read_only`].
+        read_only: bool,
+        /// As in [`DiskSpec::serial`].
+        serial: String,
+    },
+    /// Take the network interface or disk in `slot` away from the guest and close its file. Answered by
+    /// [`Event::Unplugged`].
     Unplug {
         /// As in [`Request::Plug`].
         slot: u8,
@@ -230,12 +242,19 @@ pub enum Event {
         /// The host's port that the guest named.
         port: u32,
     },
-    /// The interface is there.
+    /// The interface or disk is there.
     Plugged {
-        /// Which.
+        /// Where.
         slot: u8,
     },
-    /// The interface is gone.
+    /// It cannot be: nothing has changed, and what was attached is closed.
+    Refused {
+        /// Where.
+        slot: u8,
+        /// One line for people.
+        message: String,
+    },
+    /// The interface or disk is gone.
     Unplugged {
         /// Which.
         slot: u8,

@@ -6,13 +6,14 @@
 //! cache when it is acknowledged, and on the medium after a flush; for a driver that did not accept FLUSH, at once.
 //! Limits: ranges of one discard at most [`MAX_RANGES`], of one write-zeroes the same, each at most
 //! [`MAX_RANGE_SECTORS`].
-//! Spec: virtio 1.2, 5.2. The size of the disk is that of the file at start, in whole sectors.
+//! Spec: virtio 1.2, 5.2. The size of the disk is that of the file at start, in whole sectors; its blocks are as large as the
+//! block device's, or a sector.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, ioctl_blksszget};
 use rustix::io::Errno;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
@@ -327,9 +328,11 @@ impl Block {
             1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
         let shape = Shape { sectors, read_only };
+        // A regular file has none.
+        let block_bytes = ioctl_blksszget(&file).unwrap_or(512);
         Ok(Self {
             name: name.into(),
-            config: ConfigSpace::read_only(config_space(sectors)),
+            config: ConfigSpace::read_only(config_space(sectors, block_bytes)),
             features,
             disk: Disk {
                 file,
@@ -344,12 +347,12 @@ impl Block {
 }
 
 /// `struct virtio_blk_config`, 60 bytes; fields of features that are not offered are zero.
-fn config_space(sectors: u64) -> Vec<u8> {
+fn config_space(sectors: u64, block_bytes: u32) -> Vec<u8> {
     let mut bytes = vec![0; 60];
     let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
     put(0, &sectors.to_le_bytes());
     put(12, &SEGMENTS.to_le_bytes());
-    put(20, &512u32.to_le_bytes()); // blk_size
+    put(20, &block_bytes.to_le_bytes());
     put(36, &MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
     put(40, &MAX_RANGES.to_le_bytes()); // max_discard_seg
     put(44, &8u32.to_le_bytes()); // discard_sector_alignment: 4 KiB

@@ -7,6 +7,7 @@
 //! something went wrong, and the exit status is that of the cause. The process is the VM's only resource: leaving it
 //! frees everything.
 
+mod bays;
 mod files;
 mod rack;
 mod serve;
@@ -24,7 +25,6 @@ use crate::console::{self, Console, SharedTail};
 use crate::control::Control;
 use crate::counters::Counters;
 use crate::devices::mem::Growth;
-use crate::devices::net::Port;
 use crate::devices::vsock::Dials;
 use crate::ending::{End, Ending};
 use crate::fds::{self, FdError, Inherited};
@@ -32,6 +32,7 @@ use crate::kvm::ioapic::{IoApic, Message};
 use crate::kvm::vcpu::{Surroundings, Vcpus};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::{self, MemoryError};
+use bays::Bays;
 use files::Files;
 use rack::{OwnerLink, Rack};
 
@@ -97,7 +98,7 @@ struct Machine {
     ending: Arc<Ending>,
     counters: Counters,
     bus: Arc<Bus>,
-    ports: Vec<Arc<Port>>,
+    bays: Bays,
     dials: Arc<Dials>,
     tail: SharedTail,
     link: Arc<OwnerLink>,
@@ -217,10 +218,10 @@ fn start(
         most_vcpus,
         entry,
         growth,
+        bays: Bays::new(&bus, ports, &mem, &ending, &counters),
         ending,
         counters,
         bus,
-        ports,
         dials,
         tail,
         link,

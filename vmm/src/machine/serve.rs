@@ -5,16 +5,25 @@ use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use caisson_vmm_spec::{Cause, Event, MEMORY_DEVICE, MiB, NETWORK_DEVICES_FROM, Request};
+use caisson_vmm_spec::{Cause, Event, MEMORY_DEVICE, MiB, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::bays::NewDisk;
 use super::{Machine, one_line};
 use crate::control::{Control, ControlError, Heard};
 use crate::devices::mem::VIRTIO_ID_MEM;
-use crate::devices::net::{Port, VIRTIO_ID_NET};
 use crate::ending::End;
 use crate::virtio::line::Reason;
-use crate::virtio::transport::Transport;
+
+const NO_FILE: &str = "no file came with the request";
+
+/// What is answered to a request to plug something in.
+fn plugged(slot: u8, done: Result<(), String>) -> Event {
+    match done {
+        Ok(()) => Event::Plugged { slot },
+        Err(message) => Event::Refused { slot, message },
+    }
+}
 
 fn stopped(message: &str) -> End {
     End {
@@ -109,20 +118,27 @@ impl Machine {
                 return;
             }
             Request::Plug { slot, mac } => {
-                let plugged = fds.next().zip(self.network(slot));
-                if let Some((tap, (port, device))) = plugged
-                    && port.plug(tap, fds.next(), mac)
-                {
-                    device.replace(VIRTIO_ID_NET);
-                }
-                Event::Plugged { slot }
+                let done = fds.next().ok_or_else(|| NO_FILE.to_owned());
+                plugged(
+                    slot,
+                    done.and_then(|tap| self.bays.plug(slot, tap, fds.next(), mac)),
+                )
+            }
+            Request::PlugDisk {
+                slot,
+                read_only,
+                serial,
+            } => {
+                let disk = fds.next().map(|file| NewDisk {
+                    file: file.into(),
+                    read_only,
+                    serial,
+                });
+                let done = disk.ok_or_else(|| NO_FILE.to_owned());
+                plugged(slot, done.and_then(|disk| self.bays.plug_disk(slot, disk)))
             }
             Request::Unplug { slot } => {
-                if let Some((port, device)) = self.network(slot) {
-                    // In this order: a driver that starts anew in between finds nothing.
-                    port.unplug();
-                    device.replace(0);
-                }
+                self.bays.empty(slot);
                 Event::Unplugged { slot }
             }
             Request::Memory { extra } => self.ask_for_memory(extra),
@@ -153,12 +169,9 @@ impl Machine {
             return Event::Failed { message };
         };
         let asked = self.growth.ask(extra.bytes());
-        let asked = asked.map_err(|error| one_line(&error)).and_then(|()| {
-            let mut ports = self.ports.iter();
-            ports
-                .try_for_each(|port| port.memory_changed())
-                .map_err(|error| one_line(&error))
-        });
+        let asked = asked
+            .map_err(|error| one_line(&error))
+            .and_then(|()| self.bays.memory_changed());
         match asked {
             Err(message) => Event::Failed { message },
             Ok(()) => {
@@ -185,11 +198,5 @@ impl Machine {
             }
         }
         Ok(self.vcpus.count())
-    }
-
-    fn network(&self, slot: u8) -> Option<(&Port, &Transport)> {
-        let port = self.ports.get(usize::from(slot))?;
-        let device = NETWORK_DEVICES_FROM as usize + usize::from(slot);
-        Some((port, self.bus.devices().get(device)?))
     }
 }

@@ -66,6 +66,14 @@ impl ConfigSpace {
         space.show();
     }
 
+    /// Takes the space off its page, on which zeros are left.
+    pub fn hide(&self) {
+        let mut space = self.lock();
+        if let Some(page) = space.page.take() {
+            page.write(VIRTIO_MMIO_CONFIG, &vec![0; space.bytes.len()]);
+        }
+    }
+
     /// Fills `data` from `offset` on, with zeros past the end.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         let space = self.lock();

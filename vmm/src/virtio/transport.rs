@@ -1,11 +1,13 @@
 //! One device as the guest's bus sees it: registers, interrupt line, kick, and the way to the device's thread.
 //!
 //! Reads need nobody: the registers are memory (`page.rs`).
+//! A device that is of no kind may leave its place to another one for a while ([`Transport::lodge`]), which has a thread of
+//! its own.
 //! Threads: `write` is called by vCPU threads, one at a time per device (the lock on the registers; it is held while a
 //! reset waits for the device's thread, which never takes it).
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_STATUS,
@@ -14,8 +16,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::line::Line;
 use super::mmio::{Effect, Registers};
-use super::worker::{Command, Mailbox};
-use super::{Device, Page};
+use super::worker::{Command, Place};
+use super::{ConfigSpace, Device, Page};
 
 /// How the driver's kicks of a device arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,29 +66,64 @@ impl Link {
     }
 }
 
+/// One device's registers, and where it is served.
+#[derive(Debug)]
+pub struct Occupant {
+    registers: Registers,
+    config: ConfigSpace,
+    place: Place,
+}
+
+impl Occupant {
+    pub(super) fn new(device: &dyn Device, place: Place) -> Self {
+        let config = device.config().clone();
+        let (id, features) = (device.id(), device.features());
+        Self {
+            registers: Registers::new(id, features, device.queue_sizes(), config.clone()),
+            config,
+            place,
+        }
+    }
+
+    /// Makes it a device of another kind; it has stopped when this returns.
+    fn replace(&mut self, id: u32) {
+        if self.registers.replace(id) {
+            self.place.mailbox.reset(self.place.slot);
+        }
+    }
+}
+
+/// Who is on the bus.
+#[derive(Debug)]
+struct Front {
+    own: Occupant,
+    /// In its place for a while.
+    lodger: Option<Occupant>,
+}
+
+impl Front {
+    fn current(&mut self) -> &mut Occupant {
+        self.lodger.as_mut().unwrap_or(&mut self.own)
+    }
+}
+
 /// The bus's side of a device.
 #[derive(Debug)]
 pub struct Transport {
-    registers: Mutex<Registers>,
+    front: Mutex<Front>,
     link: Arc<Link>,
-    mailbox: Arc<Mailbox>,
-    /// The device's place on its worker.
-    slot: usize,
 }
 
 impl Transport {
-    /// The bus's side of `device`, which is number `slot` on the worker behind `mailbox`.
-    pub fn new(device: &dyn Device, link: Arc<Link>, mailbox: Arc<Mailbox>, slot: usize) -> Self {
-        let config = device.config().clone();
-        config.show_on(link.page);
-        let registers =
-            Registers::new(device.id(), device.features(), device.queue_sizes(), config);
-        registers.show(link.page);
+    /// The bus's side of `device`, which is served at `place`.
+    pub fn new(device: &dyn Device, link: Arc<Link>, place: Place) -> Self {
+        let own = Occupant::new(device, place);
+        own.config.show_on(link.page);
+        own.registers.show(link.page);
+        let lodger = None;
         Self {
-            registers: Mutex::new(registers),
+            front: Mutex::new(Front { own, lodger }),
             link,
-            mailbox,
-            slot,
         }
     }
 
@@ -95,13 +132,13 @@ impl Transport {
         &self.link
     }
 
+    pub(super) fn shared_link(&self) -> Arc<Link> {
+        self.link.clone()
+    }
+
     /// Whether it is a device of that kind now.
     pub fn is(&self, id: u32) -> bool {
-        self.registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .id()
-            == id
+        self.front().current().registers.id() == id
     }
 
     /// A write by a vCPU at `offset` from the device's base.
@@ -116,34 +153,60 @@ impl Transport {
 
     /// Makes it a device of another kind (0: of none). If a driver is using it, it has stopped when this returns.
     pub fn replace(&self, id: u32) {
-        let mut registers = self
-            .registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if registers.replace(id) {
-            self.mailbox.reset(self.slot);
+        let mut front = self.front();
+        front.own.replace(id);
+        self.power_on(&mut front);
+    }
+
+    /// Puts another device, which a running worker serves, in the place of the own one, which is of no kind from here on.
+    pub fn lodge(&self, lodger: Occupant) {
+        let mut front = self.front();
+        front.own.replace(0);
+        front.own.config.hide();
+        lodger.config.show_on(self.link.page);
+        front.lodger = Some(lodger);
+        self.power_on(&mut front);
+    }
+
+    /// The own device is back, of no kind. The other's thread, whose only device it was, ends.
+    pub fn evict(&self) {
+        let mut front = self.front();
+        if let Some(mut lodger) = front.lodger.take() {
+            lodger.replace(0);
+            lodger.config.hide();
+            lodger.place.mailbox.send(Command::End);
+            front.own.config.show_on(self.link.page);
+            self.power_on(&mut front);
         }
+    }
+
+    fn power_on(&self, front: &mut Front) {
+        let registers = &front.current().registers;
         self.link.line.reset();
         registers.show(self.link.page);
         self.link.line.show_status(registers.state().status);
     }
 
+    fn front(&self) -> MutexGuard<'_, Front> {
+        self.front.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn write_register(&self, offset: u32, data: &[u8]) {
-        let mut registers = self
-            .registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut front = self.front();
+        let Occupant {
+            registers, place, ..
+        } = front.current();
         let status_cleared = offset == VIRTIO_MMIO_STATUS && data == [0; 4];
         match registers.write(offset, data) {
             Effect::None => {}
             Effect::Activate { queues, features } => {
-                self.mailbox.send(Command::Activate {
-                    slot: self.slot,
+                place.mailbox.send(Command::Activate {
+                    slot: place.slot,
                     queues,
                     features,
                 });
             }
-            Effect::Reset => self.mailbox.reset(self.slot),
+            Effect::Reset => place.mailbox.reset(place.slot),
         }
         if status_cleared {
             self.link.line.reset();

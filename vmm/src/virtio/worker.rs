@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::line::Reason;
 use super::queue::{Queue, QueueState};
-use super::transport::{Link, Transport};
+use super::transport::{Link, Occupant, Transport};
 use super::{Device, DeviceError};
 use crate::counters::{Counter, Counters};
 use crate::ending::Ending;
@@ -52,6 +52,8 @@ pub enum Command {
         /// Dropped when the device has stopped.
         done: SyncSender<()>,
     },
+    /// End the thread, whose devices have stopped.
+    End,
 }
 
 /// Commands on their way to a worker. At most two per device: the registers alternate activation and reset, and wait
@@ -207,6 +209,14 @@ pub struct Worker {
     ending: Arc<Ending>,
     counters: Counters,
     fault_lines_left: u32,
+    over: bool,
+}
+
+/// Where a device is served: its worker's mailbox, and its number there.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) slot: usize,
 }
 
 impl Worker {
@@ -223,13 +233,33 @@ impl Worker {
             ending: ending.clone(),
             counters: counters.clone(),
             fault_lines_left: FAULT_LINES,
+            over: false,
         })
     }
 
     /// Takes over a device; returns its side of the bus.
     pub fn attach(&mut self, device: Box<dyn Device>, link: Arc<Link>) -> Transport {
-        let slot = self.slots.len();
-        let transport = Transport::new(device.as_ref(), link.clone(), self.mailbox.clone(), slot);
+        let place = self.next_place();
+        let transport = Transport::new(device.as_ref(), link.clone(), place);
+        self.take_over(device, link);
+        transport
+    }
+
+    /// Takes over a device for [`Transport::lodge`], once this worker runs.
+    pub fn attach_at(&mut self, device: Box<dyn Device>, transport: &Transport) -> Occupant {
+        let occupant = Occupant::new(device.as_ref(), self.next_place());
+        self.take_over(device, transport.shared_link());
+        occupant
+    }
+
+    fn next_place(&self) -> Place {
+        Place {
+            mailbox: self.mailbox.clone(),
+            slot: self.slots.len(),
+        }
+    }
+
+    fn take_over(&mut self, device: Box<dyn Device>, link: Arc<Link>) {
         let faults = self.counters.register(format!("{}.faults", device.name()));
         self.slots.push(Slot {
             device,
@@ -237,10 +267,9 @@ impl Worker {
             io: None,
             faults,
         });
-        transport
     }
 
-    /// Starts the thread. It never returns: the VM ends by leaving the process.
+    /// Starts the thread. Unless it gets [`Command::End`] it never returns: the VM ends by leaving the process.
     ///
     /// # Errors
     /// No thread or no descriptors left.
@@ -262,7 +291,7 @@ impl Worker {
             slot.device.enter_thread()?;
         }
         let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
-        loop {
+        while !self.over {
             let ready = match self.epoll.wait(-1, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 ready => ready?,
@@ -271,6 +300,7 @@ impl Worker {
                 self.dispatch(event.data(), event.events());
             }
         }
+        Ok(())
     }
 
     fn dispatch(&mut self, data: u64, events: u32) {
@@ -304,6 +334,7 @@ impl Worker {
                 self.deactivate(slot);
                 drop(done);
             }
+            Command::End => self.over = true,
         }
     }
 

@@ -8,6 +8,7 @@ use crate::{
     cgroup::CgroupError,
     config::{AnnotationError, ConfigError},
     control::ControlError,
+    disks::DiskError,
     identities::IdentityError,
     log::LogError,
     network::NetworkError,
@@ -31,6 +32,8 @@ pub(in crate::monitor) enum CreateError {
     Annotation(#[from] AnnotationError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Sizing(#[from] SizingError),
     #[error(transparent)]

@@ -1,15 +1,43 @@
 //! What is asked for one container: taken up if its state allows it, and passed on to the agent as a task.
 
-use std::{future::Future, net::SocketAddr};
+use std::{future::Future, net::SocketAddr, os::fd::AsFd};
 
-use super::{AFTER_KILL, Owner, answer, asked, tell};
+use caisson_agent_api as api;
+use caisson_vmm_spec::Request;
+use tokio::sync::oneshot;
+
+use super::{AFTER_KILL, Owner, answer, asked, tell, vm_request};
 use crate::{
     agent::AgentError,
+    disks::{Disk, Number},
     sandbox::{
         CreateRequest, Event, ExecRequest, Exit, INIT, Reply, SandboxError, Started,
-        container::Container, message::Done, ports,
+        container::Container,
+        disks::{Claim, Disks},
+        message::Done,
+        ports,
     },
+    vmm::Vmm,
 };
+
+/// A disk that is on its way into the guest.
+type Plugging = (Number, oneshot::Receiver<Result<u32, SandboxError>>);
+
+/// Waits until the guest can look for these.
+async fn plugged(disks: Vec<Plugging>) -> Result<Vec<api::Disk>, SandboxError> {
+    let mut all = Vec::new();
+    for (number, device) in disks {
+        // Nobody tells once the virtual machine has ended.
+        let device = device.await.map_err(|_| AgentError::Gone)??;
+        all.push(api::Disk {
+            device,
+            major: number.major,
+            minor: number.minor,
+            ..Default::default()
+        });
+    }
+    Ok(all)
+}
 
 impl Owner {
     pub(super) fn update(&mut self, id: String, resources: Vec<u8>, reply: Reply<()>) {
@@ -36,7 +64,13 @@ impl Owner {
         });
     }
 
-    pub(super) fn create(&mut self, id: String, mut request: CreateRequest, reply: Reply<Started>) {
+    pub(super) async fn create(
+        &mut self,
+        id: String,
+        mut request: CreateRequest,
+        reply: Reply<Started>,
+        vmm: &Vmm,
+    ) {
         if self.containers.contains_key(&id) {
             return answer(reply, Err(SandboxError::Exists("container")));
         }
@@ -45,11 +79,20 @@ impl Owner {
             Ok(open) => open,
             Err(error) => return answer(reply, Err(error)),
         };
+        let disks = std::mem::take(&mut request.disks);
+        let disks = match self.claim(&id, disks, vmm).await {
+            Ok(disks) => disks,
+            Err(error) => {
+                self.disks.forget(&id);
+                return answer(reply, Err(error));
+            }
+        };
         self.containers.insert(id.clone(), Container::new());
         let agent = self.agent.clone();
         self.task(async move {
             let result = async {
-                let pid = agent.create(asked(&id, request), &ports).await?;
+                let disks = plugged(disks).await?;
+                let pid = agent.create(asked(&id, request, disks), &ports).await?;
                 Ok(Started {
                     pid,
                     streams: arriving.connected().await?,
@@ -61,6 +104,29 @@ impl Owner {
                 reply,
             }
         });
+    }
+
+    /// Has a container's disks plugged in.
+    async fn claim(
+        &mut self,
+        id: &str,
+        disks: Vec<Disk>,
+        vmm: &Vmm,
+    ) -> Result<Vec<Plugging>, SandboxError> {
+        let mut all = Vec::new();
+        for Disk { about, file } in disks {
+            let Claim { device, plug } = self.disks.claim(id, about)?;
+            if let Some(slot) = plug {
+                let request = Request::PlugDisk {
+                    slot,
+                    read_only: about.read_only,
+                    serial: Disks::serial(about.number),
+                };
+                vm_request(vmm, &request, &[file.as_fd()]).await;
+            }
+            all.push((about.number, device));
+        }
+        Ok(all)
     }
 
     pub(super) fn exec(&mut self, id: String, request: ExecRequest, reply: Reply<Started>) {

@@ -53,10 +53,12 @@ impl Owner {
                 result,
             } => self.process_ended(&id, &process_id, result),
             Done::Deleted { id, result, reply } => {
+                let result = result.map_err(SandboxError::Agent);
                 if result.is_ok() {
                     self.containers.remove(&id);
+                    return self.part(&id, reply, result);
                 }
-                self.finish(reply, result.map_err(SandboxError::Agent));
+                self.finish(reply, result);
             }
             Done::Answered => {}
             Done::Doomed { id } => self.doomed(&id),
@@ -81,7 +83,10 @@ impl Owner {
                 container.created();
                 self.watch(id, INIT.to_owned());
             }
-            _ => drop(self.containers.remove(&id)),
+            _ => {
+                self.containers.remove(&id);
+                return self.part(&id, reply, result);
+            }
         }
         self.finish(reply, result);
     }
@@ -113,6 +118,26 @@ impl Owner {
         if let Some(container) = self.containers.get_mut(id) {
             container.ended(process_id, exit);
         }
+    }
+
+    /// Answers who asked for a container that is gone, once the host has its disks back.
+    fn part<T: Send + 'static>(
+        &mut self,
+        id: &str,
+        reply: Reply<T>,
+        result: Result<T, SandboxError>,
+    ) {
+        let leaving = self.disks.forget(id);
+        if leaving.is_empty() || lost(&result) {
+            return self.finish(reply, result);
+        }
+        tokio::spawn(async move {
+            for gone in leaving {
+                // Nothing is ever said.
+                let _ = gone.await;
+            }
+            answer(reply, result);
+        });
     }
 
     fn finish<T>(&mut self, reply: Reply<T>, result: Result<T, SandboxError>) {

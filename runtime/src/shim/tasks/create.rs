@@ -27,6 +27,7 @@ use crate::{
         stdio::Flowing,
     },
     sizing::{self, Bounds, Host},
+    slots::Slots,
     trace::{Trace, Who},
     update::Limits,
     volumes::Follower,
@@ -151,13 +152,15 @@ impl Tasks {
         let lock = locked(&bundle.path)?;
         let cgroup = wanted.cgroup(&sized, size)?;
         trace.mark(Who::Holder, "make the cgroup");
-        let mut part = wanted.part();
+        let mut part = wanted.part()?;
         let share = Share::make(&bundle.path.join("share"))?;
         share.add(id.as_str(), &part.files)?;
         let (mut network, mut networks) = (None, Vec::new());
+        let mut slots = Slots::new(part.disks.len());
         if let Some(path) = bundle.network_path() {
             let network = network.insert(Network::beside(path, &bundle.path)?);
-            networks = network.boot(config)?;
+            networks = network.boot(config, part.disks.len())?;
+            slots = network.places();
         }
         trace.mark(Who::Holder, "share the files, enter the network");
         let booting = Boot {
@@ -169,7 +172,7 @@ impl Tasks {
             share: &share,
             cgroup: cgroup.as_ref(),
             networks,
-            spare_networks: network.as_ref().map_or(0, Network::spare),
+            slots,
         }
         .start()?;
         if let Some(cgroup) = &cgroup {
@@ -243,7 +246,7 @@ impl Tasks {
     ) -> Result<Flowing, TaskError> {
         let Wanted { bundle, id, .. } = wanted;
         bundle.check_joining()?;
-        let mut part = wanted.part();
+        let mut part = wanted.part()?;
         pod::join(&mut part.guest, &pod::joins(&bundle.spec), pod.holder);
         let shared = pod.share.add(id.as_str(), &part.files);
         let created = async {

@@ -10,6 +10,7 @@ use crate::{
     bundle::Bundle,
     cgroup::{HostCgroup, Terms},
     config::Config,
+    disks::{self, Disk},
     guest_spec::{self, HostFiles},
     monitor::HostHooks,
     network::Connections,
@@ -54,6 +55,8 @@ pub(super) struct Part {
     pub(super) shared_memory_bytes: Option<u64>,
     /// Beyond loopback; a pod's members find it in the namespace that they join.
     pub(super) network: Connections,
+    /// Open.
+    pub(super) disks: Vec<Disk>,
 }
 
 /// Where a container is made.
@@ -150,8 +153,8 @@ impl Wanted {
         })
     }
 
-    /// Splits its specification; in a pod, shared memory is the guest's.
-    pub(super) fn part(&self) -> Part {
+    /// Splits its specification, and opens its disks; in a pod, shared memory is the guest's.
+    pub(super) fn part(&self) -> Result<Part, TaskError> {
         let spec = self.bundle.spec.clone();
         let (mut guest, mut files) = guest_spec::split(self.id.as_str(), &self.bundle.path, spec);
         let shared_memory_bytes = match self.role {
@@ -160,12 +163,13 @@ impl Wanted {
                 pod::share_memory(&mut guest, &mut files, rootfs::size_of)
             }
         };
-        Part {
+        Ok(Part {
             guest,
             files,
             shared_memory_bytes,
             network: Connections::default(),
-        }
+            disks: disks::open_all(&self.bundle.spec)?,
+        })
     }
 
     /// Makes the sandbox's cgroup, and leaves word of it for whoever has to clean up after this server.
@@ -204,6 +208,7 @@ impl Wanted {
             files,
             shared_memory_bytes,
             network,
+            disks,
         }: Part,
         mut streams: Files,
     ) -> Result<Created, TaskError> {
@@ -226,6 +231,7 @@ impl Wanted {
             },
             volumes: volumes::listings(&found),
             holds: self.holds,
+            disks,
         };
         let started = sandbox.create(id, request).await?;
         volumes.follow(id, found);
