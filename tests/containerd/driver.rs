@@ -175,6 +175,19 @@ impl<'c> Driver<'c> {
         params.write_to_bytes().expect("parameters")
     }
 
+    /// `delete`, as containerd calls it for a shim that is gone.
+    pub(crate) fn call_delete(&self) -> Outcome {
+        let grpc = self.case.dir().join("containerd.sock");
+        self.case
+            .program(program())
+            .args(["-namespace", NAMESPACE, "-id", &self.id, "-address"])
+            .args([grpc.as_os_str()])
+            .args(["-publish-binary", "/usr/bin/containerd", "-bundle"])
+            .args([self.dir.as_os_str(), "delete".as_ref()])
+            .dir(self.dir)
+            .finish()
+    }
+
     /// The address in an answer, read as this containerd reads it.
     pub(crate) fn address(&self, answer: &[u8]) -> String {
         let (version, address, protocol) = match self.form {

@@ -27,7 +27,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::bootstrap::{options, skipped};
-use crate::driver::{Driver, Form, begin};
+use crate::driver::{Driver, Form, begin, program};
 
 /// The sandbox's name.
 const POD: &str = "pod";
@@ -217,6 +217,15 @@ fn platform(driver: &Driver<'_>) -> (String, String) {
     (platform.os, platform.architecture)
 }
 
+fn kill(name: &str) {
+    let all = processes_named(name);
+    assert_eq!(all.len(), 1, "{all:?}");
+    for process in all {
+        let pid = Pid::from_raw(process.pid).expect("pid");
+        kill_process(pid, Signal::KILL).expect("kill");
+    }
+}
+
 /// What shows in which namespaces a container is, and what it shares.
 const LOOK: &str = "hostname; cat /proc/sys/kernel/msgmax; grep nameserver /etc/resolv.conf; \
     for kind in ipc uts pid net; do readlink /proc/self/ns/$kind; done";
@@ -304,10 +313,7 @@ fn a_sandbox_whose_virtual_machine_is_killed_has_ended_with_137() {
     assert!(again.is_err(), "a shim has one sandbox");
     start_sandbox(&driver).expect("started");
     container(&case, &driver, "one", true, "exec sleep 1000");
-    for vmm in processes_named("caisson-vmm") {
-        let pid = Pid::from_raw(vmm.pid).expect("pid");
-        kill_process(pid, Signal::KILL).expect("kill");
-    }
+    kill("caisson-vmm");
     assert_eq!(wait(&driver).exit_status, 137);
     assert_eq!(exit_of(&driver, "one"), 137);
     assert_eq!(status(&driver).state, "SANDBOX_NOTREADY");
@@ -315,4 +321,25 @@ fn a_sandbox_whose_virtual_machine_is_killed_has_ended_with_137() {
     stop(&driver);
     // The container is not deleted: the server ends all the same.
     shut_down(&driver);
+}
+
+#[test]
+fn a_sandbox_whose_shim_is_killed_leaves_nothing_once_it_is_deleted() {
+    if skipped() {
+        return;
+    }
+    let case = begin();
+    let network = Network::make(&case);
+    let dir = bundle(&case);
+    let mut driver = Driver::new(&case, &dir, POD, Form::Json);
+    driver.start(None);
+    create_sandbox(&driver, &dir, &network).expect("created");
+    start_sandbox(&driver).expect("started");
+    container(&case, &driver, "one", true, "exec sleep 1000");
+    kill(program());
+    let outcome = driver.call_delete();
+    assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+    let told = DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a message");
+    assert_eq!(told.exit_status, 137);
+    assert_eq!(processes_named("caisson-vmm").len(), 0);
 }
