@@ -1,9 +1,13 @@
 //! What `ctr` does with one container.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::process::Stdio;
+use std::thread;
 
 use caisson_tests::case::runtime;
+use caisson_tests::supervisor::{Answer, Supervisor};
+use serde_json::json;
 
 use crate::daemon::{Daemon, begin};
 
@@ -213,4 +217,47 @@ fn a_log_file_takes_the_output() {
         .collect();
     text.sort();
     assert_eq!(text, ["err", "out"]);
+}
+
+#[test]
+fn a_supervisor_decides_on_system_calls() {
+    const LINK_SEVERED: i32 = 67;
+    let case = begin();
+    let path = case.dir().join("supervisor");
+    let profile = case.dir().join("profile.json");
+    let notify = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": path,
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_NOTIFY"}]});
+    fs::write(&profile, notify.to_string()).expect("write");
+    let supervisor = Supervisor::bind(&path);
+    let supervising = thread::spawn(move || {
+        let next = || {
+            let listener = supervisor.accept();
+            thread::spawn(move || {
+                let answer = |call| listener.answer(&call, Answer::Error(LINK_SEVERED));
+                let answered = std::iter::from_fn(|| listener.next()).map(answer);
+                (
+                    listener.message["state"]["status"].to_string(),
+                    answered.count(),
+                )
+            })
+        };
+        [next(), next()].map(|one| one.join().expect("supervise"))
+    });
+    let containerd = Daemon::start(&case);
+    let profile = profile.to_str().expect("text");
+    let flags = ["--detach", "--seccomp", "--seccomp-profile", profile];
+    let script = "mkdir /denied; touch /done; exec sleep 1000";
+    containerd.run(flags, "one", script).succeed();
+    let script = "until test -f /done; do sleep 1; done; mkdir /denied";
+    let outcome = containerd.exec("one", "e1", script).finish();
+    assert!(
+        outcome.stderr.contains("Link has been severed"),
+        "{outcome:?}"
+    );
+    containerd.ctr(["task", "rm", "--force", "one"]).succeed();
+    let seen = supervising.join().expect("the supervisor");
+    let seen = seen
+        .each_ref()
+        .map(|(status, calls)| (status.as_str(), *calls));
+    assert_eq!(seen, [("\"creating\"", 1), ("\"running\"", 1)]);
 }
