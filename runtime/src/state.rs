@@ -9,8 +9,7 @@
 //! Not here: the JSON and tables that people see (`commands/`), processes and mounts of a sandbox (`sandbox/`).
 
 use std::{
-    collections::HashMap,
-    fmt, fs, io,
+    fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, MetadataExt},
@@ -20,120 +19,21 @@ use std::{
 };
 
 use rustix::{
-    fs::{
-        AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, ResolveFlags, flock, fsync,
-        mkdirat, openat, openat2, renameat, unlinkat,
-    },
+    fs::{CWD, FlockOperation, Mode, OFlags, flock, fsync, mkdirat, openat, renameat},
     io::Errno,
 };
-use serde::{Deserialize, Serialize};
+
+mod record;
+mod removal;
+
+pub use record::{ContainerId, State, Status, timestamp};
+
+use removal::remove_tree;
 
 /// Name of the state file in a container's directory.
 const STATE_FILE: &str = "state.json";
 /// Where it is written before it is renamed.
 const STATE_FILE_NEW: &str = "state.json.new";
-
-/// A container's name: 1 to 1,024 bytes of letters, digits and `_ + , - .`, but not `.` or `..`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String")]
-pub struct ContainerId(String);
-
-impl ContainerId {
-    /// Longest name, in bytes.
-    pub const MAX_BYTES: usize = 1024;
-
-    /// Checks a name as runc does, and its length.
-    pub fn parse(text: &str) -> Result<Self, StateError> {
-        let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_+,-.".contains(&b);
-        if text.is_empty() {
-            return Err(StateError::EmptyId);
-        }
-        if matches!(text, "." | "..") || !text.bytes().all(allowed) {
-            return Err(StateError::InvalidId);
-        }
-        // A directory of this name must exist, so the file system's limit holds as well; claiming reports that.
-        if text.len() > Self::MAX_BYTES {
-            return Err(StateError::LongId { bytes: text.len() });
-        }
-        Ok(Self(text.to_owned()))
-    }
-
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for ContainerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl TryFrom<String> for ContainerId {
-    type Error = StateError;
-
-    fn try_from(text: String) -> Result<Self, StateError> {
-        Self::parse(&text)
-    }
-}
-
-/// What a container is doing, in the words of the OCI runtime specification (and `paused`, which is runc's).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Status {
-    /// Being set up.
-    Creating,
-    /// Set up; its program waits for `start`.
-    Created,
-    /// Its program runs.
-    Running,
-    /// Its processes are frozen.
-    Paused,
-    /// Its program has ended.
-    Stopped,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Creating => "creating",
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Stopped => "stopped",
-        })
-    }
-}
-
-/// What the state file holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct State {
-    /// The version of the specification that `config.json` named.
-    pub oci_version: String,
-    /// The container.
-    pub id: ContainerId,
-    /// The monitor, which stands for the container on the host; 0 before there is one and after it ended.
-    pub pid: u32,
-    /// As last recorded; [`StateDir::state`] corrects it.
-    pub status: Status,
-    /// The bundle, absolute.
-    pub bundle: PathBuf,
-    /// The root file system on the host, absolute.
-    pub rootfs: PathBuf,
-    /// RFC 3339, UTC, see [`timestamp`].
-    pub created: String,
-    /// From `config.json`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub annotations: Option<HashMap<String, String>>,
-    /// The host cgroup that holds monitor and VMM, absolute; `None`: none was made.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cgroup: Option<PathBuf>,
-    /// systemd's unit for it, if systemd made it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub systemd_unit: Option<String>,
-}
 
 /// Why a state directory cannot be used, or a container's state forbids what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -392,16 +292,6 @@ impl StateDir {
     }
 }
 
-/// A moment as runc writes it: RFC 3339, UTC, nanoseconds without trailing zeros.
-pub fn timestamp(moment: SystemTime) -> String {
-    let text = humantime::format_rfc3339_nanos(moment).to_string();
-    let digits = text
-        .trim_end_matches('Z')
-        .trim_end_matches('0')
-        .trim_end_matches('.');
-    format!("{digits}Z")
-}
-
 const DIR_FLAGS: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
@@ -428,52 +318,6 @@ fn read_at(dir: &OwnedFd, name: &str) -> Result<Vec<u8>, Errno> {
     Ok(bytes)
 }
 
-fn remove_tree(path: &Path) -> Result<(), StateError> {
-    let dir = match open_dir(path) {
-        Ok(dir) => dir,
-        Err(Errno::NOENT) => return Ok(()),
-        Err(errno) => return Err(io_error("open", path, errno)),
-    };
-    empty(&dir, path)?;
-    match unlinkat(CWD, path, AtFlags::REMOVEDIR) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(errno) => Err(removal_error(path, errno)),
-    }
-}
-
-/// Removes what is in a directory, without ever following a symbolic link or a mount.
-fn empty(dir: &OwnedFd, path: &Path) -> Result<(), StateError> {
-    let listing = Dir::read_from(dir).map_err(|errno| io_error("list", path, errno))?;
-    for entry in listing {
-        let entry = entry.map_err(|errno| io_error("list", path, errno))?;
-        let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
-        }
-        let below = path.join(name.to_string_lossy().as_ref());
-        let mut flags = AtFlags::empty();
-        if entry.file_type() == FileType::Directory {
-            let inside = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV;
-            let child = openat2(dir, name, DIR_FLAGS, Mode::empty(), inside)
-                .map_err(|errno| removal_error(&below, errno))?;
-            empty(&child, &below)?;
-            flags = AtFlags::REMOVEDIR;
-        }
-        match unlinkat(dir, name, flags) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(removal_error(&below, errno)),
-        }
-    }
-    Ok(())
-}
-
-fn removal_error(path: &Path, errno: Errno) -> StateError {
-    match errno {
-        Errno::XDEV | Errno::BUSY => StateError::Mounted { path: path.into() },
-        other => io_error("remove", path, other),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
@@ -497,30 +341,6 @@ mod tests {
             cgroup: None,
             systemd_unit: None,
         }
-    }
-
-    #[test]
-    fn ids_follow_runcs_rules() {
-        for good in ["a", "A-b_c.d+e,f", "0", "...", &"x".repeat(1024)] {
-            ContainerId::parse(good).unwrap();
-        }
-        for bad in [
-            ".", "..", "a/b", "../a", "a b", "a\n", "ä", "a:b", "a@b", "a\0",
-        ] {
-            let error = ContainerId::parse(bad).unwrap_err().to_string();
-            assert_eq!(error, "invalid container ID format", "{bad}");
-        }
-        assert_eq!(
-            ContainerId::parse("").unwrap_err().to_string(),
-            "container id cannot be empty"
-        );
-        let long = ContainerId::parse(&"x".repeat(1025))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            long.starts_with("invalid container ID format") && long.contains("1025"),
-            "{long}"
-        );
     }
 
     #[test]
@@ -618,16 +438,5 @@ mod tests {
         fs::write(root.path().join("file"), "").unwrap();
         assert_eq!(StateDir::ids(root.path()).unwrap(), [id("a"), id("b")]);
         assert_eq!(StateDir::ids(&root.path().join("nope")).unwrap(), []);
-    }
-
-    #[test]
-    fn timestamps_have_no_trailing_zeros() {
-        let at = |nanos| timestamp(SystemTime::UNIX_EPOCH + std::time::Duration::from_nanos(nanos));
-        assert_eq!(
-            at(1_795_264_237_397_827_925),
-            "2026-11-21T12:30:37.397827925Z"
-        );
-        assert_eq!(at(1_795_264_237_500_000_000), "2026-11-21T12:30:37.5Z");
-        assert_eq!(at(1_795_264_237_000_000_000), "2026-11-21T12:30:37Z");
     }
 }
