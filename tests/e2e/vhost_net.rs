@@ -18,6 +18,16 @@ fn workers() -> usize {
     tasks.map(is_worker).filter(|is| *is).count()
 }
 
+/// Has the machine grow, and fetches a file in the memory that came with that, which is sent from where it is.
+fn sends_from_memory_that_came_later(case: &Case) {
+    let more = ["update", "--memory", "600m", "--memory-swap", "600m", "one"];
+    case.call(more).succeed();
+    let script = "head -c 3000000 /dev/urandom > /dev/shm/x; httpd -p 80 -h /dev/shm; md5sum < /dev/shm/x";
+    let made = case.exec("one", script);
+    let fetched = sh(case, "busybox wget -q -O - http://10.77.1.2/x | md5sum");
+    assert_eq!((made.text(), made.status), (&*fetched, 0), "{}", made.stderr);
+}
+
 #[test]
 fn the_kernel_moves_packets_of_interfaces_there_and_plugged_in_later() {
     load_vhost_net();
@@ -44,6 +54,7 @@ fn the_kernel_moves_packets_of_interfaces_there_and_plugged_in_later() {
     sh(&case, "ip link del ct1");
     until("its worker is gone", || workers() == 1);
     echoes("10.77.1.2", 1 << 16);
+    sends_from_memory_that_came_later(&case);
     case.delete("one");
 
     case.configure("vhost_net = false\n");

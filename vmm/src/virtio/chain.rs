@@ -11,6 +11,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::GuestAddress;
@@ -21,7 +22,8 @@ use crate::memory::Mem;
 
 /// The most descriptors of one chain, direct or indirect: what one system call takes.
 pub const MAX_SEGMENTS: usize = 1024;
-const DESCRIPTOR_BYTES: u32 = 16;
+const DESCRIPTOR_BYTES: usize = 16;
+const WORD_BYTES: usize = 8;
 
 /// One entry of a descriptor table, as the guest wrote it.
 #[derive(Debug, Clone, Copy)]
@@ -33,23 +35,17 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// Reads entry `index` of the table at `table`, once.
-    fn fetch(mem: &Mem, table: GuestAddress, index: u16) -> Result<Self, GuestFault> {
-        let outside = GuestFault::Chain("the descriptor table is not in guest memory");
-        let at = table
-            .0
-            .checked_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES));
-        let mut raw = [0; DESCRIPTOR_BYTES as usize];
-        let at = at.ok_or_else(|| outside.clone())?;
-        let entry = GuestSlice::resolve(mem, GuestAddress(at), raw.len()).ok_or(outside)?;
-        entry.copy_to(&mut raw);
-        let [a, b, c, d, e, f, g, h, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
-        Ok(Self {
-            addr: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+    /// Reads entry `index` of a table, which has so many, once.
+    fn fetch(table: GuestSlice, index: u16) -> Self {
+        let at = usize::from(index) * DESCRIPTOR_BYTES;
+        let (addr, rest) = (word(table, at), word(table, at + WORD_BYTES));
+        let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
+        Self {
+            addr,
             len: u32::from_le_bytes([l0, l1, l2, l3]),
             flags: u16::from_le_bytes([f0, f1]),
             next: u16::from_le_bytes([n0, n1]),
-        })
+        }
     }
 
     const fn has(&self, flag: u32) -> bool {
@@ -92,7 +88,8 @@ impl Chain {
         self.readable.clear();
         self.writable.clear();
         (self.readable_len, self.writable_len) = (0, 0);
-        let (mut table, mut table_len, mut index) = (table, table_len, head);
+        let (mut table_len, mut index) = (table_len, head);
+        let mut table = find_table(&self.mem, table, table_len)?;
         let mut indirect = false;
         for _ in 0..=MAX_SEGMENTS {
             if index >= table_len {
@@ -100,7 +97,7 @@ impl Chain {
                     "a descriptor index is past the table's end",
                 ));
             }
-            let descriptor = Descriptor::fetch(&self.mem, table, index)?;
+            let descriptor = Descriptor::fetch(table, index);
             if descriptor.has(VRING_DESC_F_INDIRECT) {
                 if indirect {
                     return Err(GuestFault::Chain("an indirect table names another"));
@@ -111,8 +108,8 @@ impl Chain {
                     ));
                 }
                 indirect = true;
-                table = GuestAddress(descriptor.addr);
                 table_len = indirect_entries(descriptor.len)?;
+                table = find_table(&self.mem, GuestAddress(descriptor.addr), table_len)?;
                 index = 0;
                 continue;
             }
@@ -238,7 +235,28 @@ impl Chain {
     }
 }
 
+/// Half a descriptor. Tables are aligned, short of a driver that makes indirect ones anywhere.
+fn word(table: GuestSlice, at: usize) -> u64 {
+    let aligned = table.load_u64(at, Ordering::Relaxed);
+    aligned.map_or_else(|| unaligned_word(table, at), u64::from_le)
+}
+
+#[cold]
+fn unaligned_word(table: GuestSlice, at: usize) -> u64 {
+    let mut raw = [0; WORD_BYTES];
+    table.part(at, WORD_BYTES).copy_to(&mut raw);
+    u64::from_le_bytes(raw)
+}
+
+fn find_table(mem: &Mem, at: GuestAddress, entries: u16) -> Result<GuestSlice, GuestFault> {
+    GuestSlice::resolve(mem, at, usize::from(entries) * DESCRIPTOR_BYTES).ok_or(GuestFault::Chain(
+        "the descriptor table is not in guest memory",
+    ))
+}
+
 fn indirect_entries(bytes: u32) -> Result<u16, GuestFault> {
+    // A u32 fits into a usize on x86-64.
+    let bytes = bytes as usize;
     if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
         return Err(GuestFault::Chain("an indirect table has a broken size"));
     }
@@ -304,6 +322,17 @@ mod tests {
         }
         let mut chain = Chain::new(&mem);
         chain.walk(GuestAddress(0), 16, head).map(|()| chain)
+    }
+
+    #[test]
+    fn an_indirect_table_may_lie_anywhere() {
+        let mem = memory();
+        put(&mem, 0, 0, (0x5003, 32, INDIRECT, 0));
+        put(&mem, 0x5003, 0, (0x1000, 7, NEXT, 1));
+        put(&mem, 0x5003, 1, (0x2000, 9, WRITE, 0));
+        let mut chain = Chain::new(&mem);
+        chain.walk(GuestAddress(0), 16, 0).unwrap();
+        assert_eq!((chain.readable_len(), chain.writable_len()), (7, 9));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! | `config.rs` | the device's configuration space, shared by vCPU threads and the device's thread |
 //! | `worker.rs` | the thread that runs devices: epoll, kicks, faults, interrupts |
 //! | `queue.rs` | one virtqueue: take a chain, return a chain |
+//! | `ring.rs` | its two rings, found in guest memory once |
 //! | `chain.rs` | a descriptor chain checked against guest memory |
 //! | `slice.rs` | ranges of guest memory as host pointers; copies, readv and writev (`unsafe` lives there) |
 //!
@@ -21,6 +22,7 @@ pub mod line;
 pub mod mmio;
 pub mod page;
 pub mod queue;
+mod ring;
 pub mod slice;
 pub mod transport;
 pub mod worker;

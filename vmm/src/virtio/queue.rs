@@ -4,12 +4,16 @@
 //! on its thread; when it says no because the ring is empty, the driver has been asked for the next kick. `push`
 //! returns a chain; whether that needs an interrupt is decided once per turn (`Queue::wants_interrupt`).
 //! Errors: every error is a [`GuestFault`].
+//! Not here: where the rings are in memory (`ring.rs`), what is in a chain (`chain.rs`).
 //! Spec: virtio 1.2, 2.7 (split virtqueues), 2.7.7 and 2.7.10 (notification suppression with EVENT_IDX).
+
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{DescriptorChain, Error, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 
+use super::ring::Rings;
 use super::{Chain, GuestFault};
 use crate::memory::Mem;
 
@@ -38,10 +42,15 @@ pub struct QueueState {
 /// A queue that the driver set up. See the file header.
 #[derive(Debug)]
 pub struct Queue {
+    /// Place and progress.
     ring: virtio_queue::Queue,
+    /// There if the driver enabled the queue.
+    rings: Option<Rings>,
+    event_idx: bool,
     mem: Mem,
     left: u32,
-    pushed: bool,
+    /// Chains returned since the last look at whether the driver wants to hear of it.
+    pushed: u16,
 }
 
 impl Queue {
@@ -63,14 +72,18 @@ impl Queue {
         };
         let ring = virtio_queue::Queue::try_from(saved)
             .map_err(|_| GuestFault::Ring("bad size or misaligned ring"))?;
-        if state.ready && !ring.is_valid(mem.as_ref()) {
-            return Err(GuestFault::Ring("a ring is outside of guest memory"));
-        }
+        let outside = GuestFault::Ring("a ring is outside of guest memory");
+        let rings = state
+            .ready
+            .then(|| Rings::resolve(state, mem).ok_or(outside))
+            .transpose()?;
         Ok(Self {
             ring,
+            rings,
+            event_idx,
             mem: mem.clone(),
             left: TURN,
-            pushed: false,
+            pushed: 0,
         })
     }
 
@@ -90,7 +103,7 @@ impl Queue {
 
     /// Whether the driver enabled the queue.
     pub fn is_ready(&self) -> bool {
-        self.ring.ready()
+        self.rings.is_some()
     }
 
     /// Takes the next chain into `chain`. `false`: there is none (the next one will kick), the queue is not ready, or
@@ -99,15 +112,18 @@ impl Queue {
     /// # Errors
     /// [`GuestFault`] for impossible indexes or a bad chain.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, GuestFault> {
-        match self.pop_raw()? {
-            None => Ok(false),
-            Some(raw) => {
-                let table = GuestAddress(self.ring.desc_table());
-                chain
-                    .walk(table, self.ring.size(), raw.head_index())
-                    .map(|()| true)
-            }
+        let Some(rings) = self.rings.as_ref().filter(|_| self.left > 0) else {
+            return Ok(false);
+        };
+        let next = self.ring.next_avail();
+        if !is_offered(rings, next, self.event_idx)? {
+            return Ok(false);
         }
+        let head = rings.head(next)?;
+        self.ring.set_next_avail(next.wrapping_add(1));
+        self.left -= 1;
+        let table = GuestAddress(self.ring.desc_table());
+        chain.walk(table, self.ring.size(), head).map(|()| true)
     }
 
     /// As [`Queue::pop`], without the checks of `chain.rs`: for a server that brings its own (virtiofsd).
@@ -115,22 +131,12 @@ impl Queue {
     /// # Errors
     /// [`GuestFault::Ring`] for impossible indexes.
     pub fn pop_raw(&mut self) -> Result<Option<DescriptorChain<Mem>>, GuestFault> {
-        if self.left == 0 || !self.ring.ready() {
+        let Some(rings) = self.rings.as_ref().filter(|_| self.left > 0) else {
+            return Ok(None);
+        };
+        if !is_offered(rings, self.ring.next_avail(), self.event_idx)? {
             return Ok(None);
         }
-        let next = self.next()?;
-        if next.is_none()
-            && self
-                .ring
-                .enable_notification(self.mem.as_ref())
-                .map_err(fault)?
-        {
-            return self.next(); // arrived between the two looks
-        }
-        Ok(next)
-    }
-
-    fn next(&mut self) -> Result<Option<DescriptorChain<Mem>>, GuestFault> {
         let chain = self.ring.iter(self.mem.clone()).map_err(fault)?.next();
         self.left -= u32::from(chain.is_some());
         Ok(chain)
@@ -147,10 +153,17 @@ impl Queue {
     /// # Errors
     /// [`GuestFault::Ring`] if the used ring is out of reach.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), GuestFault> {
-        self.pushed = true;
-        self.ring
-            .add_used(self.mem.as_ref(), head, written)
-            .map_err(fault)
+        let rings = self.rings.as_ref().ok_or(NOT_READY)?;
+        if head >= self.ring.size() {
+            return Err(GuestFault::Ring("a chain with an impossible head"));
+        }
+        let at = self.ring.next_used();
+        let next = at.wrapping_add(1);
+        rings.put_used(at, head, written)?;
+        rings.publish_used(next)?;
+        self.ring.set_next_used(next);
+        self.pushed = self.pushed.saturating_add(1);
+        Ok(())
     }
 
     /// Whether chains are waiting.
@@ -158,13 +171,10 @@ impl Queue {
     /// # Errors
     /// [`GuestFault::Ring`] if the available ring is out of reach.
     pub(super) fn has_waiting(&self) -> Result<bool, GuestFault> {
-        if !self.ring.ready() {
+        let Some(rings) = &self.rings else {
             return Ok(false);
-        }
-        let published = self
-            .ring
-            .avail_idx(self.mem.as_ref(), std::sync::atomic::Ordering::Acquire);
-        Ok(published.map_err(fault)?.0 != self.ring.next_avail())
+        };
+        Ok(rings.available()? != self.ring.next_avail())
     }
 
     /// Starts a new turn; `true` if the last one ended with chains possibly left.
@@ -176,20 +186,38 @@ impl Queue {
 
     /// Whether chains were pushed since the last call and the driver wants to hear of it.
     pub(super) fn wants_interrupt(&mut self) -> Result<bool, GuestFault> {
-        if !std::mem::take(&mut self.pushed) {
+        let pushed = std::mem::take(&mut self.pushed);
+        let Some(rings) = self.rings.as_ref().filter(|_| pushed > 0) else {
             return Ok(false);
+        };
+        if !self.event_idx {
+            return Ok(true);
         }
-        self.ring
-            .needs_notification(self.mem.as_ref())
-            .map_err(fault)
+        // What was returned must be there before the driver's wish is read: it looks the other way around.
+        fence(Ordering::SeqCst);
+        let past = self.ring.next_used().wrapping_sub(rings.used_event()?);
+        Ok(past.wrapping_sub(1) < pushed)
     }
+}
+
+const NOT_READY: GuestFault = GuestFault::Ring("the queue is not set up");
+
+/// Whether the driver offers a chain beyond `next`. If not, it has been asked for a kick with the next one.
+fn is_offered(rings: &Rings, next: u16, event_idx: bool) -> Result<bool, GuestFault> {
+    if rings.offered(next)? {
+        return Ok(true);
+    }
+    if event_idx {
+        rings.ask_for_kick(next)?;
+    }
+    // The wish must be there before the second look: the driver looks for it after it has offered.
+    fence(Ordering::SeqCst);
+    rings.offered(next)
 }
 
 fn fault(error: Error) -> GuestFault {
     GuestFault::Ring(match error {
         Error::InvalidAvailRingIndex => "more chains offered than the queue has entries",
-        Error::InvalidDescriptorIndex => "a chain with an impossible head",
-        Error::QueueNotReady => "the queue is not set up",
         _ => "a ring is out of reach",
     })
 }

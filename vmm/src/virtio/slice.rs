@@ -11,10 +11,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::{
-    Address, GuestAddress, GuestMemory, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice,
-};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion, VolatileSlice};
 
 use crate::memory::Mem;
 
@@ -39,10 +38,14 @@ impl GuestSlice {
     /// The host memory behind `len` bytes at `addr`; `None` unless all of it is RAM of one region, plugged if it came later.
     pub fn resolve(mem: &Mem, addr: GuestAddress, len: usize) -> Option<Self> {
         let region = mem.find_region(addr).filter(|_| mem.holds(addr, len))?;
-        let offset = MemoryRegionAddress(addr.checked_offset_from(region.start_addr())?);
-        let slice = region.get_slice(offset, len).ok()?;
+        let offset = usize::try_from(addr.checked_offset_from(region.start_addr())?).ok()?;
+        if len > region.size().checked_sub(offset)? {
+            return None;
+        }
+        // SAFETY: the region is a mapping of `size` bytes, and `offset` is at most that (above).
+        let host = unsafe { region.as_ptr().add(offset) };
         Some(Self {
-            host: NonNull::new(slice.ptr_guard_mut().as_ptr())?,
+            host: NonNull::new(host)?,
             len,
         })
     }
@@ -83,6 +86,44 @@ impl GuestSlice {
         let len = from.len().min(self.len);
         self.volatile().copy_from(&from[..len]);
         len
+    }
+
+    /// Where a number is; `None` unless it lies in the range, aligned.
+    fn place<T>(&self, offset: usize) -> Option<*mut T> {
+        let fits = self.len.checked_sub(offset)? >= size_of::<T>();
+        let place = self.part(offset, size_of::<T>()).host.cast::<T>();
+        (fits && place.is_aligned()).then_some(place.as_ptr())
+    }
+
+    /// Loads a number that the guest may change meanwhile; `None` unless it lies in the range, aligned.
+    pub fn load_u16(&self, offset: usize, order: Ordering) -> Option<u16> {
+        let place = self.place(offset)?;
+        // SAFETY: two aligned bytes of a mapping that stays (`place`, contract); whoever shares them with us uses atomic or
+        // volatile accesses, or is the guest.
+        Some(unsafe { AtomicU16::from_ptr(place) }.load(order))
+    }
+
+    /// The same.
+    pub fn load_u64(&self, offset: usize, order: Ordering) -> Option<u64> {
+        let place = self.place(offset)?;
+        // SAFETY: as in `load_u16`, with eight bytes.
+        Some(unsafe { AtomicU64::from_ptr(place) }.load(order))
+    }
+
+    /// Stores a number for the guest to see; `None` unless it lies in the range, aligned.
+    pub fn store_u16(&self, number: u16, offset: usize, order: Ordering) -> Option<()> {
+        let place = self.place(offset)?;
+        // SAFETY: as in `load_u16`.
+        unsafe { AtomicU16::from_ptr(place) }.store(number, order);
+        Some(())
+    }
+
+    /// The same.
+    pub fn store_u32(&self, number: u32, offset: usize, order: Ordering) -> Option<()> {
+        let place = self.place(offset)?;
+        // SAFETY: as in `load_u16`, with four bytes.
+        unsafe { AtomicU32::from_ptr(place) }.store(number, order);
+        Some(())
     }
 
     /// Gives the whole pages of the range back to the host; they read as zeros from now on. Returns their size in bytes:
