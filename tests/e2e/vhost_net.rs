@@ -22,10 +22,16 @@ fn workers() -> usize {
 fn sends_from_memory_that_came_later(case: &Case) {
     let more = ["update", "--memory", "600m", "--memory-swap", "600m", "one"];
     case.call(more).succeed();
-    let script = "head -c 3000000 /dev/urandom > /dev/shm/x; httpd -p 80 -h /dev/shm; md5sum < /dev/shm/x";
+    let script =
+        "head -c 3000000 /dev/urandom > /dev/shm/x; httpd -p 80 -h /dev/shm; md5sum < /dev/shm/x";
     let made = case.exec("one", script);
     let fetched = sh(case, "busybox wget -q -O - http://10.77.1.2/x | md5sum");
-    assert_eq!((made.text(), made.status), (&*fetched, 0), "{}", made.stderr);
+    assert_eq!(
+        (made.text(), made.status),
+        (&*fetched, 0),
+        "{}",
+        made.stderr
+    );
 }
 
 #[test]

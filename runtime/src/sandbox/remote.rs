@@ -8,10 +8,12 @@
 //!
 //! Contract: [`attach`] gives a handle that means the holder's sandbox. The *tie* is the connection that stands for the
 //! member: its end, however it comes about, is the member's end in the guest; the holder says over it why the virtual
-//! machine ended. [`carry_out`] is the holder's side.
+//! machine ended. [`carry_out`] is the holder's side (`remote/holder.rs`).
 //! The stream for a seccomp listener does not wait for the answer: it comes over a socket that is attached to the question.
 //! Devices belong to the holder: what concerns interfaces and listening sockets is refused here.
 //! Not here: who may join (`monitor/membership.rs`), the connections' frame (`control.rs`).
+
+mod holder;
 
 use std::{
     io,
@@ -23,12 +25,13 @@ use caisson_vmm_spec::Cause;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
+pub use self::holder::carry_out;
 use super::{
     CreateRequest, Event, ExecRequest, Exit, Refused, Reply as Answered, Sandbox, SandboxError,
     Started, Status, Step, Streams, Wanted, message::Message,
 };
 use crate::{
-    agent::{Activation, AgentError, RefusalKind},
+    agent::{AgentError, RefusalKind},
     control::{Answer, ControlError, Request, attached, connect, read_attached},
     disks::{About, Disk},
     packet::{self, Packets},
@@ -409,23 +412,6 @@ fn awaited(handover: Handover) -> io::Result<OwnedFd> {
     Ok(theirs)
 }
 
-/// The holder's end of that.
-fn passed_on(fds: &mut Vec<OwnedFd>) -> Result<Handover, SandboxError> {
-    let nothing = || SandboxError::Holder(ControlError::Unexpected);
-    let way = fds.pop().filter(|_| !fds.is_empty()).ok_or_else(nothing)?;
-    let way = Packets::new(way)
-        .map_err(ControlError::Process)
-        .map_err(SandboxError::Holder)?;
-    let (handover, stream) = tokio::sync::oneshot::channel::<OwnedFd>();
-    tokio::spawn(async move {
-        if let Ok(stream) = stream.await {
-            // A member that has been killed does not take it.
-            let _ = way.send(&(), &[stream.as_fd()]).await;
-        }
-    });
-    Ok(handover)
-}
-
 /// Answers with what `take` makes of the reply; nobody is answered by a holder that hung up.
 fn answer<T>(
     reply: Answered<T>,
@@ -478,166 +464,6 @@ fn started((reply, fds): Told, wanted: Wanted) -> Option<Started> {
     (preserved == wanted.preserved).then_some(Started { pid, streams })
 }
 
-/// The holder's side: carries a member's question out and answers it.
-pub async fn carry_out(
-    packets: &Packets,
-    sandbox: &Sandbox,
-    id: &str,
-    question: Question,
-    mut fds: Vec<OwnedFd>,
-) {
-    let mut streams = Streams::default();
-    let mut file = None;
-    let done = match question {
-        Question::Create {
-            bundle,
-            wanted,
-            shared_memory_bytes,
-            notify,
-            seccomp,
-            disks: about,
-        } => match split_off(&mut fds, &about)
-            .and_then(|disks| Ok((attachments(&mut fds, seccomp)?, disks)))
-        {
-            Ok(((spec, seccomp), disks)) => {
-                let request = CreateRequest {
-                    spec,
-                    bundle,
-                    wanted,
-                    network: Default::default(),
-                    shared_memory_bytes,
-                    activation: Activation {
-                        listening: Vec::new(),
-                        notify,
-                    },
-                    seccomp,
-                    volumes: Vec::new(),
-                    holds: false,
-                    disks,
-                };
-                keep(&mut streams, sandbox.create(id, request).await)
-            }
-            Err(error) => Err(error),
-        },
-        Question::Exec {
-            process_id,
-            wanted,
-            ignore_paused,
-            seccomp,
-        } => match attachments(&mut fds, seccomp) {
-            Ok((process, seccomp)) => {
-                let request = ExecRequest {
-                    process_id,
-                    process,
-                    wanted,
-                    ignore_paused,
-                    seccomp,
-                };
-                keep(&mut streams, sandbox.exec(id, request).await)
-            }
-            Err(error) => Err(error),
-        },
-        Question::Ready => sandbox.ready(id).await.map(|()| Reply::Done),
-        Question::Start => sandbox.start(id).await.map(|()| Reply::Done),
-        Question::Wait { process_id } => sandbox.wait(id, &process_id).await.map(Reply::Exited),
-        Question::Signal {
-            process_id,
-            signal,
-            all,
-        } => {
-            let sent = sandbox.signal(id, &process_id, signal, all).await;
-            sent.map(|()| Reply::Done)
-        }
-        Question::Resize { process_id, size } => {
-            let done = sandbox.resize(id, &process_id, size).await;
-            done.map(|()| Reply::Done)
-        }
-        Question::Freeze(Event::Resume) => sandbox.resume(id).await.map(|()| Reply::Done),
-        Question::Freeze(_) => sandbox.pause(id).await.map(|()| Reply::Done),
-        Question::Processes => sandbox.processes(id).await.map(Reply::Processes),
-        Question::Table => match sandbox.table(id).await {
-            Ok(table) => serde_json::to_vec(&table)
-                .map_err(io::Error::from)
-                .and_then(|json| attached(&json))
-                .map(|json| {
-                    file = Some(json);
-                    Reply::Table
-                })
-                .map_err(|error| SandboxError::Holder(ControlError::Process(error))),
-            Err(error) => Err(error),
-        },
-        Question::Stats => {
-            let stats = sandbox.stats(id).await;
-            stats.map(|stats| Reply::Stats(Box::new(stats)))
-        }
-        Question::OutOfMemory { seen } => sandbox.out_of_memory(id, seen).await.map(Reply::Kills),
-        Question::Update => match file_of(fds) {
-            Ok(resources) => sandbox.update(id, resources).await.map(|()| Reply::Done),
-            Err(error) => Err(error),
-        },
-        Question::Fit { step, needs } => sandbox.fit(id, step, needs).await.map(Reply::Size),
-        Question::Status => sandbox.status(id).await.map(Reply::Status),
-        Question::Delete => sandbox.delete(id).await.map(|()| Reply::Done),
-    };
-    let reply = match done {
-        Ok(reply) => reply,
-        // Unanswered: the member learns it over its tie.
-        Err(SandboxError::Ended(_)) => return,
-        Err(SandboxError::Refused(refused)) => Reply::Refused(refused),
-        Err(SandboxError::Agent(error)) => Reply::Agent(crate::error::message(&error)),
-        Err(error) => Reply::Failed(crate::error::message(&error)),
-    };
-    let plain = [
-        &streams.stdin,
-        &streams.stdout,
-        &streams.stderr,
-        &streams.resolver,
-    ];
-    let fds: Vec<BorrowedFd<'_>> = plain
-        .into_iter()
-        .flatten()
-        .chain(&streams.preserved)
-        .map(AsFd::as_fd)
-        .chain(file.iter().map(AsFd::as_fd))
-        .collect();
-    // A member that was killed does not want its answer.
-    let _ = packets.send(&Answer::Member(reply), &fds).await;
-}
-
-/// What comes with a process: its description, and where the stream for its listener goes.
-fn attachments(
-    fds: &mut Vec<OwnedFd>,
-    seccomp: bool,
-) -> Result<(Vec<u8>, Option<Handover>), SandboxError> {
-    let handover = seccomp.then(|| passed_on(fds)).transpose()?;
-    Ok((file_of(std::mem::take(fds))?, handover))
-}
-
-/// The devices of disks, which are the last that were attached.
-fn split_off(fds: &mut Vec<OwnedFd>, about: &[About]) -> Result<Vec<Disk>, SandboxError> {
-    let first = fds.len().checked_sub(about.len());
-    let first = first.ok_or(SandboxError::Holder(ControlError::Unexpected))?;
-    let disks = about.iter().zip(fds.split_off(first));
-    let disk = |(about, file): (&About, OwnedFd)| Disk {
-        about: *about,
-        file,
-    };
-    Ok(disks.map(disk).collect())
-}
-
-fn file_of(fds: Vec<OwnedFd>) -> Result<Vec<u8>, SandboxError> {
-    read_attached(fds).map_err(SandboxError::Holder)
-}
-
-fn keep(
-    streams: &mut Streams,
-    started: Result<Started, SandboxError>,
-) -> Result<Reply, SandboxError> {
-    let Started { pid, streams: new } = started?;
-    *streams = new;
-    Ok(Reply::Started { pid })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -680,7 +506,7 @@ mod tests {
         let (handover, stream) = tokio::sync::oneshot::channel();
         let file: OwnedFd = attached(b"process").unwrap().into();
         let mut fds = vec![file, awaited(handover).unwrap()];
-        let (process, passed) = attachments(&mut fds, true).unwrap();
+        let (process, passed) = holder::attachments(&mut fds, true).unwrap();
         assert_eq!(process, b"process");
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         passed.unwrap().send(theirs.into()).unwrap();
@@ -691,7 +517,7 @@ mod tests {
         let (handover, stream) = tokio::sync::oneshot::channel::<OwnedFd>();
         drop(awaited(handover).unwrap());
         assert!(stream.await.is_err());
-        assert!(attachments(&mut streams(1), true).is_err());
+        assert!(holder::attachments(&mut streams(1), true).is_err());
     }
 
     #[tokio::test]
