@@ -34,7 +34,12 @@ pub fn plan(resources: &LinuxResources) -> Result<Vec<Setting>, PlanError> {
     for limit in resources.hugepage_limits().iter().flatten() {
         let file = |suffix: &str| format!("hugetlb.{}.{suffix}", limit.page_size());
         check_name(limit.page_size(), "linux.resources.hugepageLimits")?;
-        set(&mut out, &file("max"), amount(limit.limit()));
+        // None at all of a page size that this kernel has not is what it gives anyway: a kubelet names all of its host's.
+        out.push(Setting {
+            file: file("max"),
+            value: amount(limit.limit()),
+            optional: limit.limit() == 0,
+        });
         // Reservations count too where the kernel can count them.
         let value = amount(limit.limit());
         out.push(Setting {
@@ -274,6 +279,19 @@ mod tests {
             none,
             [pair("memory.swap.max", "max"), pair("memory.max", "max")]
         );
+    }
+
+    #[test]
+    fn no_pages_of_a_size_that_there_is_not_is_no_limit() {
+        let json = r#"{"hugepageLimits":[{"pageSize":"1GB","limit":0},{"pageSize":"2MB","limit":4194304}]}"#;
+        let settings = plan(&serde_json::from_str(json).unwrap()).unwrap();
+        let may_fail = |file: &str| {
+            let found = settings.iter().find(|setting| setting.file == file);
+            found.map(|setting| setting.optional)
+        };
+        assert_eq!(may_fail("hugetlb.1GB.max"), Some(true));
+        assert_eq!(may_fail("hugetlb.2MB.max"), Some(false));
+        assert_eq!(may_fail("hugetlb.2MB.rsvd.max"), Some(true));
     }
 
     #[test]
