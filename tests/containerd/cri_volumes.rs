@@ -74,7 +74,7 @@ fn notices(case: &Case) -> PathBuf {
 }
 
 #[test]
-fn a_config_map_changes_within_a_second_and_watches_tell() {
+fn watches_see_a_config_map_change() {
     let case = begin_pods();
     let node = Kubelet::start(&case);
     let pod = node.pod("one");

@@ -289,10 +289,11 @@ pub(super) fn has_network(spec: &Spec) -> bool {
 
 /// The kinds of namespaces that may be given by path.
 fn may_be_joined(kind: LinuxNamespaceType, place: Place) -> bool {
-    use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
+    use LinuxNamespaceType::{Ipc, Network, Pid, User, Uts};
     match place {
         Place::Alone | Place::Connected => kind == Network,
-        Place::Member | Place::Undecided => matches!(kind, Network | Ipc | Uts | Pid),
+        Place::Undecided => matches!(kind, Network | Ipc | Uts | Pid),
+        Place::Member => matches!(kind, Network | Ipc | Uts | Pid | User),
     }
 }
 
@@ -459,7 +460,8 @@ mod tests {
             let (spec, vm) = vm::parse(spec.to_string().as_bytes()).unwrap();
             check(&spec, vm.as_ref(), &Config::default(), place).is_ok()
         };
-        for (kind, shared) in [("ipc", true), ("uts", true), ("pid", true), ("user", false)] {
+        let shared = ["ipc", "uts", "pid", "user"].map(|kind| (kind, true));
+        for (kind, shared) in shared.into_iter().chain([("mount", false)]) {
             assert_eq!(with(kind, Place::Member), shared, "{kind}");
             assert!(!with(kind, Place::Alone), "{kind}");
         }

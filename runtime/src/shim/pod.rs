@@ -2,7 +2,7 @@
 //!
 //! Contract: a container without them is alone in its virtual machine. A pod's *sandbox* (the pause container) brings
 //! the virtual machine, whose size comes from the annotations that sum the pod up; the pod's other containers are
-//! *members*: they join the IPC, UTS, network and, when asked, PID namespace of the sandbox's own process in the guest,
+//! *members*: they join the IPC, UTS, network and, when asked, PID and user namespace of the sandbox's own process in the guest,
 //! and its /dev/shm, a tmpfs in the guest.
 //! Spec: containerd, pkg/cri/annotations; CRI-O, pkg/annotations; kubelet sets none of them.
 
@@ -259,6 +259,8 @@ const fn file_of(kind: LinuxNamespaceType) -> Option<&'static str> {
         LinuxNamespaceType::Ipc => Some("ipc"),
         LinuxNamespaceType::Uts => Some("uts"),
         LinuxNamespaceType::Pid => Some("pid"),
+        // Of pods with `hostUsers: false`, from containerd 2.0 on.
+        LinuxNamespaceType::User => Some("user"),
         _ => None,
     }
 }
