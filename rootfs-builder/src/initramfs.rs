@@ -59,7 +59,7 @@ mod tests {
         let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        assert_eq!((bytes.len(), hash), (1468, 10_133_568_434_629_319_671));
+        assert_eq!((bytes.len(), hash), (1600, 15_972_578_998_560_638_554));
     }
 
     #[test]

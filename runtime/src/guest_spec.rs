@@ -166,16 +166,24 @@ pub fn join_namespaces(guest: &mut Spec, kinds: &[LinuxNamespaceType], guest_pid
         return;
     };
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
-        let name = match namespace.typ() {
-            LinuxNamespaceType::Network => "net",
-            LinuxNamespaceType::Ipc => "ipc",
-            LinuxNamespaceType::Uts => "uts",
-            LinuxNamespaceType::Pid => "pid",
-            _ => continue,
-        };
-        if kinds.contains(&namespace.typ()) {
+        if kinds.contains(&namespace.typ())
+            && let Some(name) = file_of(namespace.typ())
+        {
             namespace.set_path(Some(format!("/proc/{guest_pid}/ns/{name}").into()));
         }
+    }
+}
+
+/// A namespace's name in `/proc/PID/ns`; `None` for the kinds that containers do not share.
+const fn file_of(kind: LinuxNamespaceType) -> Option<&'static str> {
+    match kind {
+        LinuxNamespaceType::Network => Some("net"),
+        LinuxNamespaceType::Ipc => Some("ipc"),
+        LinuxNamespaceType::Uts => Some("uts"),
+        LinuxNamespaceType::Pid => Some("pid"),
+        // Of pods with `hostUsers: false`, from containerd 2.0 on.
+        LinuxNamespaceType::User => Some("user"),
+        _ => None,
     }
 }
 

@@ -237,34 +237,6 @@ pub(super) fn joins(spec: &Spec) -> Vec<LinuxNamespaceType> {
         .collect()
 }
 
-/// Points the namespaces of a member, in the guest's part of its specification, at the sandbox's process in the guest.
-pub(super) fn join(guest: &mut Spec, joins: &[LinuxNamespaceType], sandbox_pid: u32) {
-    let Some(linux) = guest.linux_mut() else {
-        return;
-    };
-    for namespace in linux.namespaces_mut().iter_mut().flatten() {
-        if joins.contains(&namespace.typ())
-            && let Some(name) = file_of(namespace.typ())
-        {
-            let path = format!("/proc/{sandbox_pid}/ns/{name}");
-            namespace.set_path(Some(path.into()));
-        }
-    }
-}
-
-/// A namespace's name in `/proc/PID/ns`; `None` for the kinds that a pod does not share.
-const fn file_of(kind: LinuxNamespaceType) -> Option<&'static str> {
-    match kind {
-        LinuxNamespaceType::Network => Some("net"),
-        LinuxNamespaceType::Ipc => Some("ipc"),
-        LinuxNamespaceType::Uts => Some("uts"),
-        LinuxNamespaceType::Pid => Some("pid"),
-        // Of pods with `hostUsers: false`, from containerd 2.0 on.
-        LinuxNamespaceType::User => Some("user"),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -346,7 +318,7 @@ mod tests {
         }));
         let joined = joins(&member);
         let (mut guest, mut files) = crate::guest_spec::split("c", Path::new("/b"), member);
-        join(&mut guest, &joined, 41);
+        crate::guest_spec::join_namespaces(&mut guest, &joined, 41);
         assert_eq!(files.binds.len(), 1);
         assert_eq!(
             share_memory(&mut guest, &mut files, |_| None),

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     boot::Boot,
     cgroup::{CgroupError, HostCgroup},
+    guest_spec,
     network::{Following, Forwarding, Loopback, Network, follow_in_background},
     sandbox::{INIT, Sandbox, Step},
     share::Share,
@@ -247,7 +248,7 @@ impl Tasks {
         let Wanted { bundle, id, .. } = wanted;
         bundle.check_joining()?;
         let mut part = wanted.part()?;
-        pod::join(&mut part.guest, &pod::joins(&bundle.spec), pod.holder);
+        guest_spec::join_namespaces(&mut part.guest, &pod::joins(&bundle.spec), pod.holder);
         let shared = pod.share.add(id.as_str(), &part.files);
         let created = async {
             shared?;
