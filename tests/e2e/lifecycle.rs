@@ -162,7 +162,9 @@ fn the_process_in_the_pid_file_lives_and_ends_with_the_container() {
     case.start(&bundle, "one");
     assert_eq!(case.status("one"), "running");
     assert!(rustix::process::test_kill_process(case.pid("one")).is_ok());
-    assert_eq!(case.exec("one", "echo > /tmp/fifo").status, 0);
+    // The first process may end, and the other ones with it, before this one has.
+    let status = case.exec("one", "echo > /tmp/fifo").status;
+    assert!(matches!(status, 0 | 137), "{status}");
     case.wait("one");
     assert_eq!(case.status("one"), "stopped");
     case.call(["delete", "one"]).succeed();
