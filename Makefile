@@ -49,6 +49,7 @@ build: kernel initramfs ## Build everything
 lint: deps ## Check formatting and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p caisson-tests -p caisson-containerd-tests --test '*' -- -D warnings # those that a plain `cargo test` leaves out
 
 .PHONY: unit
 unit: deps ## Run the unit tests (no root, no KVM)

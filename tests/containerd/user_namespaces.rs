@@ -84,7 +84,7 @@ fn the_containers_of_a_pod_share_its_user_namespace() {
         Some("/proc/1/ns/any"),
         &format!("{print}; exit 7"),
     );
-    let mut driver = Driver::new(&case, &pod, "pod", Form::Json);
+    let mut driver = Driver::new(&case, pod.dir(), "pod", Form::Json);
     driver.start(None);
     let said = |id: &str| case.dir().join(format!("said-by-{id}"));
     let stdout = |id: &str| format!("file://{}", said(id).display());
