@@ -28,7 +28,7 @@ pub(crate) fn serve(place: &Place, bundle: &Path) -> io::Result<Child> {
     let program = place.arguments()?;
     let words: Vec<String> = program.iter().map(|word| format!("'{word}'")).collect();
     let text = format!(
-        "#!/bin/sh\nexport HOME=/root\nmount -t proc proc /proc\n{} || echo {FAILED} $?\nexec reboot -f\n",
+        "#!/bin/sh\nexport HOME=/root\nmount -t proc proc /proc\nmount -t devtmpfs dev /dev\n{} || echo {FAILED} $?\nexec reboot -f\n",
         words.join(" ")
     );
     fs::write(&script, text)?;
