@@ -77,7 +77,9 @@ impl Case {
         } else {
             std::env::temp_dir()
         };
-        let dir = base.join(format!("caisson-{}-{name}", std::process::id()));
+        // The path of a socket in it may have 104 bytes (containerd).
+        let short = name.get(..48).unwrap_or(&name);
+        let dir = base.join(format!("caisson-{}-{short}", std::process::id()));
         fs::create_dir_all(&dir).expect("scratch directory");
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("permissions");
         fs::write(dir.join("config.toml"), configuration()).expect("config.toml");
