@@ -95,6 +95,20 @@ fn create_sandbox(driver: &Driver<'_>, dir: &Path, network: &Network) -> Answer<
     created.map(drop)
 }
 
+/// A shim whose sandbox is created, not started.
+fn with_sandbox<'a>(
+    case: &'a Case,
+    dir: &'a Path,
+    network: &Network,
+    form: Form,
+    options: Option<&Any>,
+) -> Driver<'a> {
+    let mut driver = Driver::new(case, dir, POD, form);
+    driver.start(options);
+    create_sandbox(&driver, dir, network).expect("created");
+    driver
+}
+
 fn start_sandbox(driver: &Driver<'_>) -> Answer<StartSandboxResponse> {
     let wanted = StartSandboxRequest {
         sandbox_id: POD.to_owned(),
@@ -238,9 +252,7 @@ fn a_sandbox_holds_its_containers_together_until_it_is_stopped() {
     let case = begin();
     let network = Network::make(&case);
     let dir = bundle(&case);
-    let mut driver = Driver::new(&case, &dir, POD, Form::Json);
-    driver.start(Some(&options(false)));
-    create_sandbox(&driver, &dir, &network).expect("created");
+    let driver = with_sandbox(&case, &dir, &network, Form::Json, Some(&options(false)));
     assert_eq!(platform(&driver), ("linux".to_owned(), "amd64".to_owned()));
     assert_eq!(status(&driver).state, "SANDBOX_NOTREADY");
     assert!(ping(&driver).is_err(), "it is not started yet");
@@ -306,9 +318,7 @@ fn a_sandbox_whose_virtual_machine_is_killed_has_ended_with_137() {
     let case = begin();
     let network = Network::make(&case);
     let dir = bundle(&case);
-    let mut driver = Driver::new(&case, &dir, POD, Form::Message);
-    driver.start(None);
-    create_sandbox(&driver, &dir, &network).expect("created");
+    let driver = with_sandbox(&case, &dir, &network, Form::Message, None);
     let again = create_sandbox(&driver, &dir, &network);
     assert!(again.is_err(), "a shim has one sandbox");
     start_sandbox(&driver).expect("started");
@@ -331,9 +341,7 @@ fn a_sandbox_whose_shim_is_killed_leaves_nothing_once_it_is_deleted() {
     let case = begin();
     let network = Network::make(&case);
     let dir = bundle(&case);
-    let mut driver = Driver::new(&case, &dir, POD, Form::Json);
-    driver.start(None);
-    create_sandbox(&driver, &dir, &network).expect("created");
+    let driver = with_sandbox(&case, &dir, &network, Form::Json, None);
     start_sandbox(&driver).expect("started");
     container(&case, &driver, "one", true, "exec sleep 1000");
     kill(program());

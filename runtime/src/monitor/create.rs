@@ -4,7 +4,7 @@ mod error;
 mod joining;
 mod streams;
 
-use std::{future::Future, os::fd::OwnedFd, sync::Arc, time::SystemTime};
+use std::{future::Future, os::fd::OwnedFd, sync::Arc};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::Mode;
@@ -37,7 +37,7 @@ use crate::{
     share::{self, Share},
     shm,
     sizing::{self, Bounds, Host, VmSize},
-    state::{State, StateDir, Status, timestamp},
+    state::{State, StateDir, Status},
     supervision::{Subject, Supervisor},
     trace::{Trace, Who},
     update::Limits,
@@ -126,7 +126,7 @@ pub(super) async fn create(
     for warning in &bundle.warnings {
         report.send(&Report::Warning(warning.clone()), &[]).await?;
     }
-    let mut state = first_state(&order, &bundle);
+    let mut state = State::creating(&order.id, &bundle);
     dir.store(&state)?;
     let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.cgroups)?;
     if let Some(cgroup) = &cgroup {
@@ -458,21 +458,6 @@ async fn unless_abandoned<T>(
         biased;
         done = step => Ok(done),
         _ = report.receive::<Go>() => Err(CreateError::Abandoned),
-    }
-}
-
-fn first_state(order: &Order, bundle: &Bundle) -> State {
-    State {
-        oci_version: bundle.spec.version().clone(),
-        id: order.id.clone(),
-        pid: std::process::id(),
-        status: Status::Creating,
-        bundle: bundle.path.clone(),
-        rootfs: bundle.rootfs.clone(),
-        created: timestamp(SystemTime::now()),
-        annotations: bundle.spec.annotations().clone(),
-        cgroup: None,
-        systemd_unit: None,
     }
 }
 

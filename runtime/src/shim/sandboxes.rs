@@ -5,7 +5,6 @@
 
 use std::{
     env::consts,
-    future::Future,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -19,7 +18,6 @@ use containerd_shim_protos::{
 use serde_json::json;
 
 use super::{
-    error::TaskError,
     info::RUNTIME,
     metrics::metrics,
     process::{Ended, timestamp},
@@ -33,20 +31,6 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 /// The service.
 pub(super) struct Sandboxes(pub(super) Arc<Tasks>);
 
-impl Sandboxes {
-    /// Runs a request to its end.
-    async fn run<T, F>(&self, request: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, TaskError>> + Send + 'static,
-    {
-        self.0.heard();
-        let running = tokio::spawn(request(Arc::clone(&self.0)));
-        // It does not end without an answer unless the runtime does.
-        Ok(running.await.unwrap_or(Err(TaskError::Ending))?)
-    }
-}
-
 #[async_trait]
 impl Sandbox for Sandboxes {
     async fn create_sandbox(
@@ -54,7 +38,8 @@ impl Sandbox for Sandboxes {
         _: &TtrpcContext,
         request: api::CreateSandboxRequest,
     ) -> ttrpc::Result<api::CreateSandboxResponse> {
-        self.run(async move |tasks: Arc<Tasks>| tasks.create_sandbox(request).await)
+        self.0
+            .run(async move |tasks: Arc<Tasks>| tasks.create_sandbox(request).await)
             .await?;
         Ok(api::CreateSandboxResponse::default())
     }
@@ -65,6 +50,7 @@ impl Sandbox for Sandboxes {
         request: api::StartSandboxRequest,
     ) -> ttrpc::Result<api::StartSandboxResponse> {
         let since = self
+            .0
             .run(async move |tasks: Arc<Tasks>| tasks.start_sandbox(&request.sandbox_id).await)
             .await?;
         Ok(api::StartSandboxResponse {
@@ -95,10 +81,11 @@ impl Sandbox for Sandboxes {
         let patience = Some(request.timeout_secs)
             .filter(|&seconds| seconds > 0)
             .map(|seconds| Duration::from_secs(seconds.into()));
-        self.run(async move |tasks: Arc<Tasks>| {
-            tasks.stop_sandbox(&request.sandbox_id, patience).await
-        })
-        .await?;
+        self.0
+            .run(async move |tasks: Arc<Tasks>| {
+                tasks.stop_sandbox(&request.sandbox_id, patience).await
+            })
+            .await?;
         Ok(api::StopSandboxResponse::default())
     }
 
@@ -141,7 +128,8 @@ impl Sandbox for Sandboxes {
         _: &TtrpcContext,
         request: api::ShutdownSandboxRequest,
     ) -> ttrpc::Result<api::ShutdownSandboxResponse> {
-        self.run(async move |tasks: Arc<Tasks>| tasks.shut_sandbox_down(&request.sandbox_id).await)
+        self.0
+            .run(async move |tasks: Arc<Tasks>| tasks.shut_sandbox_down(&request.sandbox_id).await)
             .await?;
         Ok(api::ShutdownSandboxResponse::default())
     }

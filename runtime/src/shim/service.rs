@@ -3,7 +3,7 @@
 //! Contract: what changes something runs to its end even if the caller hangs up meanwhile: containerd may be restarted at
 //! any moment, and asks again afterwards.
 
-use std::{future::Future, sync::Arc};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -25,20 +25,6 @@ use crate::{sandbox::Event, state::Status};
 /// The service.
 pub(super) struct Service(pub(super) Arc<Tasks>);
 
-impl Service {
-    /// Runs a request to its end.
-    async fn run<T, F>(&self, request: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, TaskError>> + Send + 'static,
-    {
-        self.0.heard();
-        let running = tokio::spawn(request(Arc::clone(&self.0)));
-        // It does not end without an answer unless the runtime does.
-        Ok(running.await.unwrap_or(Err(TaskError::Ending))?)
-    }
-}
-
 #[async_trait]
 impl Task for Service {
     async fn state(
@@ -57,6 +43,7 @@ impl Task for Service {
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         let pid = self
+            .0
             .run(async move |tasks: Arc<Tasks>| tasks.create(request).await)
             .await?;
         Ok(api::CreateTaskResponse {
@@ -71,6 +58,7 @@ impl Task for Service {
         request: api::StartRequest,
     ) -> ttrpc::Result<api::StartResponse> {
         let started = self
+            .0
             .run(async move |tasks: Arc<Tasks>| tasks.start(&request.id, &request.exec_id).await);
         Ok(api::StartResponse {
             pid: started.await?,
@@ -83,7 +71,7 @@ impl Task for Service {
         _: &TtrpcContext,
         request: api::DeleteRequest,
     ) -> ttrpc::Result<api::DeleteResponse> {
-        let deleted = self.run(
+        let deleted = self.0.run(
             async move |tasks: Arc<Tasks>| match request.exec_id.as_str() {
                 "" => tasks.delete(&request.id).await,
                 exec_id => tasks.delete_exec(&request.id, exec_id).await,
@@ -120,7 +108,7 @@ impl Task for Service {
         request: api::PauseRequest,
     ) -> ttrpc::Result<api::Empty> {
         let pause = async move |tasks: Arc<Tasks>| tasks.freeze(&request.id, Event::Pause).await;
-        self.run(pause).await.map(done)
+        Ok(self.0.run(pause).await.map(done)?)
     }
 
     async fn resume(
@@ -129,7 +117,7 @@ impl Task for Service {
         request: api::ResumeRequest,
     ) -> ttrpc::Result<api::Empty> {
         let resume = async move |tasks: Arc<Tasks>| tasks.freeze(&request.id, Event::Resume).await;
-        self.run(resume).await.map(done)
+        Ok(self.0.run(resume).await.map(done)?)
     }
 
     async fn checkpoint(
@@ -151,7 +139,7 @@ impl Task for Service {
             } = request;
             tasks.kill(&id, &exec_id, signal, all).await
         };
-        self.run(kill).await.map(done)
+        Ok(self.0.run(kill).await.map(done)?)
     }
 
     async fn exec(
@@ -229,7 +217,7 @@ impl Task for Service {
             let resources = request.resources.into_option().unwrap_or_default();
             tasks.update(&request.id, &resources.value).await
         };
-        self.run(update).await.map(done)
+        Ok(self.0.run(update).await.map(done)?)
     }
 
     async fn connect(

@@ -8,6 +8,7 @@
 
 use std::{
     collections::HashMap,
+    future::Future,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::SystemTime,
@@ -100,6 +101,21 @@ impl Tasks {
     /// Something has been asked: containerd is there.
     pub(super) fn heard(&self) {
         self.publisher.containerd_is_back();
+    }
+
+    /// Runs a request to its end, even if the caller hangs up meanwhile.
+    pub(super) async fn run<T, F>(
+        self: &Arc<Self>,
+        request: impl FnOnce(Arc<Self>) -> F,
+    ) -> Result<T, TaskError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, TaskError>> + Send + 'static,
+    {
+        self.heard();
+        let running = tokio::spawn(request(Arc::clone(self)));
+        // It does not end without an answer unless the runtime does.
+        running.await.unwrap_or(Err(TaskError::Ending))
     }
 
     /// Waits until the server is not wanted any more.

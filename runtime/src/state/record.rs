@@ -7,6 +7,7 @@ use std::{collections::HashMap, fmt, path::PathBuf, time::SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::StateError;
+use crate::bundle::Bundle;
 
 /// A container's name: 1 to 1,024 bytes of letters, digits and `_ + , - .`, but not `.` or `..`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -108,6 +109,24 @@ pub struct State {
     /// systemd's unit for it, if systemd made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub systemd_unit: Option<String>,
+}
+
+impl State {
+    /// A container that is being created, by this process.
+    pub fn creating(id: &ContainerId, bundle: &Bundle) -> Self {
+        Self {
+            oci_version: bundle.spec.version().clone(),
+            id: id.clone(),
+            pid: std::process::id(),
+            status: Status::Creating,
+            bundle: bundle.path.clone(),
+            rootfs: bundle.rootfs.clone(),
+            created: timestamp(SystemTime::now()),
+            annotations: bundle.spec.annotations().clone(),
+            cgroup: None,
+            systemd_unit: None,
+        }
+    }
 }
 
 /// A moment as runc writes it: RFC 3339, UTC, nanoseconds without trailing zeros.

@@ -1,6 +1,6 @@
 //! What a container, or a sandbox that is held, needs before the guest hears of it: read, checked, mounted, split.
 
-use std::{path::Path, time::SystemTime};
+use std::path::Path;
 
 use containerd_shim_protos::{api::CreateTaskRequest, types::mount::Mount};
 use oci_spec::runtime::Spec;
@@ -28,7 +28,7 @@ use crate::{
         ticket::Ticket,
     },
     sizing::VmSize,
-    state::{ContainerId, State, Status, timestamp},
+    state::{ContainerId, State, Status},
     supervision::Supervisor,
     volumes::{self, Follower},
 };
@@ -134,7 +134,7 @@ impl Wanted {
         let config = config.with_annotations(bundle.spec.annotations().as_ref())?;
         let hooks = Hooks {
             lists: HostHooks::of(&bundle.spec),
-            state: first_state(&id, &bundle),
+            state: State::creating(&id, &bundle),
             supervisor: Supervisor::of(&bundle.spec, path),
         };
         Ok(Self {
@@ -254,20 +254,5 @@ impl Wanted {
                 Err(error)
             }
         }
-    }
-}
-
-fn first_state(id: &ContainerId, bundle: &Bundle) -> State {
-    State {
-        oci_version: bundle.spec.version().clone(),
-        id: id.clone(),
-        pid: std::process::id(),
-        status: Status::Creating,
-        bundle: bundle.path.clone(),
-        rootfs: bundle.rootfs.clone(),
-        created: timestamp(SystemTime::now()),
-        annotations: bundle.spec.annotations().clone(),
-        cgroup: None,
-        systemd_unit: None,
     }
 }
