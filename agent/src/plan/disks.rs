@@ -1,12 +1,12 @@
 //! The host's block devices in a specification, in the guest's numbers.
 //!
 //! Contract: pure. A node of a device for which there is a disk becomes the disk's, and so does every rule that names the
-//! device, alone or with all of its driver's. A rule with a number that the host's kernel chose at run time, for a device
-//! that is not here, is dropped: in this kernel that may be another container's disk.
+//! device, alone or with all of its driver's. A node or a rule with a number that the host's kernel chose at run time, for a
+//! device that is not here, is dropped: in this kernel that may be another container's disk.
 
 use std::fmt;
 
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 /// A device's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,18 +42,11 @@ pub fn translate(spec: &mut Spec, disks: &[Placed]) {
     let Some(linux) = spec.linux_mut() else {
         return;
     };
-    for device in linux.devices_mut().iter_mut().flatten() {
-        let is_it = |disk: &&Placed| {
-            device.major() == i64::from(disk.host.major)
-                && device.minor() == i64::from(disk.host.minor)
-        };
-        if device.typ() == LinuxDeviceType::B
-            && let Some(Placed { guest, .. }) = disks.iter().find(is_it)
-        {
-            device
-                .set_major(guest.major.into())
-                .set_minor(guest.minor.into());
-        }
+    if let Some(nodes) = linux.devices_mut() {
+        *nodes = std::mem::take(nodes)
+            .into_iter()
+            .filter_map(|node| here(node, disks))
+            .collect();
     }
     let resources = linux.resources_mut().as_mut();
     if let Some(rules) = resources.and_then(|resources| resources.devices_mut().as_mut()) {
@@ -62,6 +55,25 @@ pub fn translate(spec: &mut Spec, disks: &[Placed]) {
             .flat_map(|rule| translated(rule, disks))
             .collect();
     }
+}
+
+/// What becomes of a node.
+fn here(mut node: LinuxDevice, disks: &[Placed]) -> Option<LinuxDevice> {
+    if node.typ() != LinuxDeviceType::B {
+        return Some(node);
+    }
+    let is_it = |disk: &&Placed| {
+        node.major() == i64::from(disk.host.major) && node.minor() == i64::from(disk.host.minor)
+    };
+    match disks.iter().find(is_it) {
+        Some(Placed { guest, .. }) => {
+            node.set_major(guest.major.into())
+                .set_minor(guest.minor.into());
+        }
+        None if is_dynamic(node.major()) => return None,
+        None => {}
+    }
+    Some(node)
 }
 
 /// What becomes of a rule.
@@ -132,6 +144,30 @@ mod tests {
         assert_eq!(
             (&found["devices"][1], &found["devices"][2]),
             (&node("b", 1), &node("c", 0))
+        );
+    }
+
+    #[test]
+    fn a_node_whose_number_means_another_device_here_is_not_made() {
+        let node = |kind, major, minor| json!({"path": format!("/dev/{kind}{major}"), "type": kind, "major": major, "minor": minor});
+        let devices = json!([
+            node("b", 7, 0),
+            node("b", 254, 0),
+            node("b", 259, 1),
+            node("b", 8, 0),
+            node("c", 254, 0)
+        ]);
+        let mut spec: Spec =
+            serde_json::from_value(json!({"ociVersion": "1.0.2", "linux": {"devices": devices}}))
+                .unwrap();
+        // The host's 254:0 is not the disk that has its number here.
+        translate(&mut spec, &[placed((7, 0), (254, 0))]);
+        let found = serde_json::to_value(spec.linux()).unwrap();
+        let mut loop_device = node("b", 254, 0);
+        loop_device["path"] = "/dev/b7".into();
+        assert_eq!(
+            found["devices"],
+            json!([loop_device, node("b", 8, 0), node("c", 254, 0)])
         );
     }
 
