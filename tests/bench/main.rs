@@ -5,7 +5,7 @@
 //! Each subject runs the same bundle (busybox `true`). Three separate passes, so that no measurement is inside another:
 //! the clock alone; VM exits, by a histogram on `kvm:kvm_exit`; phases, by the rare trace events that part them.
 //! Prints tables and fails nothing; `bench files`, `bench network` and `bench steps` print only that of operations on files,
-//! of packets or of single commands.
+//! of packets or of single commands; `bench cold [RUNS]` prints caisson's cold starts one by one, with the exits of each.
 //! Not here: the lab (`tests/lab`), judging the figures (the README's reader).
 
 mod files;
@@ -25,6 +25,9 @@ use subject::Subject;
 /// Runs before the counted one: page cache, dentries, the file server's handles.
 const WARM_UPS: u32 = 2;
 
+/// Runs of `bench cold`.
+const COLD_RUNS: u32 = 10;
+
 fn main() -> ExitCode {
     match bench() {
         Ok(()) => ExitCode::SUCCESS,
@@ -37,10 +40,12 @@ fn main() -> ExitCode {
 
 fn bench() -> io::Result<()> {
     let place = subject::Place::prepare()?;
-    match std::env::args().nth(1).as_deref() {
-        Some("files") => return files::report(&place),
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some("files") => return files::report(&place, &arguments[1..]),
         Some("network") => return network::report(&place, &trace::Trace::open()?),
         Some("steps") => return steps::report(&place),
+        Some("cold") => return cold(&place, arguments.get(1)),
         _ => {}
     }
     let trace = trace::Trace::open()?;
@@ -57,8 +62,37 @@ fn bench() -> io::Result<()> {
     phases(&place, &trace)?;
     steps::report(&place)?;
     idle::report(&place)?;
-    files::report(&place)?;
+    files::report(&place, &[])?;
     network::report(&place, &trace)
+}
+
+/// Prints each of some cold starts of caisson: one that differs from the others shows by what.
+fn cold(place: &subject::Place, runs: Option<&String>) -> io::Result<()> {
+    let runs: u32 = runs.map_or(Ok(COLD_RUNS), |runs| runs.parse().map_err(io::Error::other))?;
+    let trace = trace::Trace::open()?;
+    for number in 1..=runs {
+        let mut nanos = 0;
+        let reasons = trace.exits_by_reason(|| {
+            nanos = Subject::Caisson.run(place, &[])?.nanos();
+            Ok(())
+        })?;
+        let exits: u64 = reasons.values().sum();
+        println!(
+            "start {number}: {} M, {exits} exits: {}",
+            millions(nanos),
+            listed(&reasons)
+        );
+    }
+    Ok(())
+}
+
+/// Exits by reason, on one line.
+fn listed(reasons: &BTreeMap<String, u64>) -> String {
+    let list: Vec<String> = reasons
+        .iter()
+        .map(|(name, n)| format!("{name} {n}"))
+        .collect();
+    list.join(", ")
 }
 
 /// Runs a subject and prints its row of the table.
@@ -89,11 +123,7 @@ fn phases(place: &subject::Place, trace: &trace::Trace) -> io::Result<()> {
     }
     let reasons: BTreeMap<String, u64> =
         trace.exits_by_reason(|| Subject::Caisson.run(place, &[]).map(drop))?;
-    let list: Vec<String> = reasons
-        .iter()
-        .map(|(name, n)| format!("{name} {n}"))
-        .collect();
-    println!("\nVM exits by reason: {}", list.join(", "));
+    println!("\nVM exits by reason: {}", listed(&reasons));
     Ok(())
 }
 

@@ -161,6 +161,11 @@ impl Machine {
         }
         qemu.arg("-serial")
             .arg(format!("file:{}", state.join("console").display()));
+        // For a look at the processor of a lab that does not answer (`info registers`).
+        qemu.arg("-qmp").arg(format!(
+            "unix:{},server=on,wait=off",
+            state.join("qmp.sock").display()
+        ));
         // One controller for both: the kernel probes controllers in parallel and numbers them as they answer.
         qemu.args(["-device", "nvme,serial=lab"]);
         for (number, disk) in [(1, root), (2, scratch)] {
