@@ -6,7 +6,7 @@
 //! read-only at their own paths, so fresh binaries run without copying; `/scratch` is an empty local ext4 disk.
 //!
 //! Several labs may run at once, each with its own state directory (`LAB_STATE`).
-//! Here: the command line. Not here: the image (`image.rs`, `flavour.rs`), the virtual machine (`machine.rs`), the
+//! Here: the command line. Not here: the image (`image.rs`, `flavour.rs`), the virtual machine (`machine.rs`, `mend.rs`), the
 //! process that owns it (`owner.rs`), the client of a command (`exec.rs`), what runs inside (`labd.rs`).
 
 mod exec;
@@ -14,6 +14,7 @@ mod flavour;
 mod frame;
 mod image;
 mod machine;
+mod mend;
 mod owner;
 
 use std::io;

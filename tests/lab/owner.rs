@@ -25,6 +25,7 @@ use rustix::process::{Pid, Signal};
 use crate::frame::{self, Kind};
 use crate::image;
 use crate::machine::{Machine, Shape};
+use crate::mend::mend;
 
 /// How long the lab may take to boot: 5 s of work, on a machine that may have other things to do.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -133,7 +134,7 @@ pub(crate) fn own(state: &Path, shape: &Shape) -> io::Result<()> {
     let _ = fs::remove_file(&socket);
     let clients = Arc::new(UnixListener::bind(socket)?);
     let (up, hellos) = mpsc::channel();
-    let count = ports.len();
+    let (count, pid) = (ports.len(), qemu.id());
     for port in ports {
         let (clients, up) = (Arc::clone(&clients), up.clone());
         thread::spawn(move || {
@@ -144,6 +145,9 @@ pub(crate) fn own(state: &Path, shape: &Shape) -> io::Result<()> {
     }
     thread::spawn(move || {
         if hellos.iter().take(count).count() == count {
+            if let Err(error) = mend(pid) {
+                eprintln!("lab: QEMU is used as it is: {error}");
+            }
             let _ = io::stdout()
                 .write_all(READY)
                 .and_then(|()| io::stdout().flush());
