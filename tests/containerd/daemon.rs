@@ -14,6 +14,8 @@ use caisson_tests::{Call, Case, Outcome};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use crate::config;
+
 /// The image's name.
 pub(crate) const IMAGE: &str = "docker.io/test/busybox:latest";
 
@@ -65,21 +67,14 @@ fn make_directories() {
 impl<'c> Daemon<'c> {
     /// Starts containerd without its CRI and imports the image.
     pub(crate) fn start(case: &'c Case) -> Self {
-        let without = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
-        Self::configured(case, "default", without, "")
+        Self::configured(case, "default", &config::without_cri(), "")
     }
 
     /// Starts containerd with more configuration, before and after the common part, and imports the images into one of
     /// its namespaces.
     pub(crate) fn configured(case: &'c Case, namespace: &str, first: &str, last: &str) -> Self {
         let dir = case.dir();
-        let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\n{first}\
-             [grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{last}",
-            dir.join("containerd"),
-            dir.join("state"),
-            dir.join("containerd.sock"),
-        );
+        let config = config::common(dir, first, last);
         fs::write(dir.join("containerd.toml"), config).expect("containerd.toml");
         let mut daemon = Self { case, child: None };
         daemon.restart();

@@ -20,6 +20,7 @@ use k8s_cri::v1::{
 };
 use tonic::Status;
 
+use crate::config;
 use crate::cri::Cri;
 use crate::daemon::{Daemon, IMAGE, PAUSE, begin, begin_within};
 
@@ -104,15 +105,7 @@ impl<'c> Kubelet<'c> {
         let dir = case.dir().to_owned();
         fs::create_dir_all(dir.join("cni")).expect("directory");
         fs::write(dir.join("cni/10-test.conflist"), network(&dir)).expect("conflist");
-        let cri = format!(
-            "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {PAUSE:?}\n\
-             stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n\
-             {}{}",
-            dir.join("cni"),
-            handler("runc"),
-            handler("caisson"),
-        );
+        let cri = config::cri(&dir.join("cni"));
         let daemon = Daemon::configured(case, "k8s.io", "", &cri);
         let cri = Cri::connect(&daemon.socket(), CALL);
         let kubelet = Self { cri, daemon, dir };
@@ -482,15 +475,6 @@ fn image(name: &str) -> ImageSpec {
 /// The directory of a cgroup.
 pub(crate) fn group(path: &str) -> PathBuf {
     Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'))
-}
-
-fn handler(name: &str) -> String {
-    let systemd = by_systemd();
-    format!(
-        "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]\n\
-         runtime_type = \"io.containerd.{name}.v2\"\npod_annotations = [\"io.caisson.*\"]\nprivileged_without_host_devices = true\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}.options]\nSystemdCgroup = {systemd}\n",
-    )
 }
 
 /// A bridge on which pods reach each other.

@@ -13,6 +13,10 @@ pub(crate) enum Flavour {
     Engines,
     /// And systemd as the first process, with a system bus.
     Systemd,
+    /// The same of Debian 13: containerd 1.7, podman 5.4, Docker 26.
+    Trixie,
+    /// The same of Debian's unstable suite, which moves: containerd 2, podman 5.8, Docker 28 or newer.
+    Sid,
 }
 
 impl Flavour {
@@ -23,23 +27,42 @@ impl Flavour {
             Self::Legacy => "legacy",
             Self::Engines => "engines",
             Self::Systemd => "systemd",
+            Self::Trixie => "trixie",
+            Self::Sid => "sid",
         }
+    }
+
+    /// The suite of Debian that it is of, where that is not this machine's.
+    pub(crate) const fn suite(self) -> Option<&'static str> {
+        match self {
+            Self::Base | Self::Legacy | Self::Engines | Self::Systemd => None,
+            Self::Trixie => Some("trixie"),
+            Self::Sid => Some("sid"),
+        }
+    }
+
+    /// Whether systemd is its first process.
+    pub(crate) const fn has_systemd(self) -> bool {
+        matches!(self, Self::Systemd | Self::Trixie | Self::Sid)
     }
 
     /// The meta package that depends on the newest kernel of its kind, for clouds.
     pub(crate) const fn kernel(self) -> &'static str {
         match self {
             Self::Legacy => "linux-image-cloud-amd64",
-            Self::Base | Self::Engines | Self::Systemd => "linux-image-6.12-cloud-amd64",
+            Self::Base | Self::Engines | Self::Systemd | Self::Trixie | Self::Sid => {
+                "linux-image-6.12-cloud-amd64"
+            }
         }
     }
 
     /// What it consists of, besides what these depend on.
     pub(crate) fn packages(self) -> impl Iterator<Item = &'static &'static str> {
-        let more: [&[&str]; 2] = match self {
-            Self::Base | Self::Legacy => [&[], &[]],
-            Self::Engines => [ENGINES, &[]],
-            Self::Systemd => [ENGINES, SYSTEMD],
+        let more: [&[&str]; 3] = match self {
+            Self::Base | Self::Legacy => [QEMU, &[], &[]],
+            Self::Engines => [QEMU, ENGINES, &[]],
+            Self::Systemd => [QEMU, ENGINES, SYSTEMD],
+            Self::Trixie | Self::Sid => [ENGINES, NEWER, SYSTEMD],
         };
         PACKAGES.iter().chain(more.into_iter().flatten())
     }
@@ -48,24 +71,26 @@ impl Flavour {
     pub(crate) const fn links(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Base | Self::Legacy => &[],
-            Self::Engines | Self::Systemd => ENGINE_LINKS,
+            Self::Engines | Self::Systemd | Self::Trixie | Self::Sid => ENGINE_LINKS,
         }
     }
 
     /// Parts of packages that no test reads.
     pub(crate) fn excluded(self) -> impl Iterator<Item = &'static &'static str> {
-        let more: &[&str] = match self {
-            Self::Base | Self::Legacy | Self::Engines => SYSTEMD_PARTS,
-            Self::Systemd => &[],
+        let more: &[&str] = if self.has_systemd() {
+            &[]
+        } else {
+            SYSTEMD_PARTS
         };
         EXCLUDED.iter().chain(more)
     }
 
     /// Files that maintainer scripts would have made, or that are the lab's own: path, mode, content.
     pub(crate) fn files(self) -> impl Iterator<Item = &'static (&'static str, u32, &'static str)> {
-        let more: &[(&str, u32, &str)] = match self {
-            Self::Base | Self::Legacy | Self::Engines => &[],
-            Self::Systemd => SYSTEMD_FILES,
+        let more: &[(&str, u32, &str)] = if self.has_systemd() {
+            SYSTEMD_FILES
+        } else {
+            &[]
         };
         FILES.iter().chain(more)
     }
@@ -95,7 +120,6 @@ const PACKAGES: &[&str] = &[
     "passt",
     "procps",
     "python3",
-    "qemu-system-x86",
     "runc",
     "sed",
     "socat",
@@ -105,6 +129,12 @@ const PACKAGES: &[&str] = &[
     "util-linux",
     "xz-utils",
 ];
+
+/// A peer in benchmarks.
+const QEMU: &[&str] = &["qemu-system-x86"];
+
+/// What Debian 12 has in the package `docker.io`.
+const NEWER: &[&str] = &["docker-cli"];
 
 /// Container engines and what they call.
 const ENGINES: &[&str] = &[

@@ -1,17 +1,17 @@
 //! The lab's disk images: Debian packages, unpacked without their maintainer scripts, in an ext4 file.
 //!
 //! There is one image for each [`Flavour`], which says what is in it; all boot the same kernel.
-//! apt resolves the packages of a flavour against an empty system and downloads what it finds; nothing is installed
-//! on this machine except the few tools of [`TOOLS`] that are missing. The image is cached under the hash of its inputs: this recipe,
-//! and the names, versions and checksums of all packages. That list itself is remembered for as long as apt's own
-//! lists stay the same.
+//! Nothing is installed on this machine except the few tools of [`TOOLS`] that are missing. The image is cached under
+//! the hash of its inputs: this recipe, and the names, versions and checksums of all packages.
+//! Not here: where packages come from (`archive.rs`).
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::archive::Archive;
 use crate::flavour::Flavour;
 
 /// What the image is made by; another recipe makes another image.
@@ -56,11 +56,20 @@ pub(crate) struct Image {
 pub(crate) fn image(flavour: Flavour) -> io::Result<Image> {
     install_tools()?;
     let cache = cache_directory()?;
-    let packages = packages(&cache, flavour)?;
-    let dir = cache.join(format!("image-{}", hash(&format!("{RECIPE}{packages}"))?));
+    let archive = Archive::open(&cache, flavour)?;
+    let mut packages = archive.packages(RECIPE)?;
+    let mut dir = directory(&cache, &packages)?;
     if !dir.exists() {
+        eprintln!("lab: downloading {} packages", packages.lines().count());
+        if archive.download().is_err() {
+            // The archive has newer ones by now.
+            archive.update()?;
+            packages = archive.packages(RECIPE)?;
+            dir = directory(&cache, &packages)?;
+            archive.download()?;
+        }
         let work = cache.join(format!("work-{}", std::process::id()));
-        let built = build(&work, &cache.join("packages"), &packages, flavour);
+        let built = build(&work, &archive.files(), &packages, flavour);
         let built = built.and_then(|()| fs::rename(work.join("out"), &dir));
         fs::remove_dir_all(&work)?;
         // Another lab may have built the same image meanwhile.
@@ -75,6 +84,12 @@ pub(crate) fn image(flavour: Flavour) -> io::Result<Image> {
     })
 }
 
+/// Where the image of these packages is.
+fn directory(cache: &Path, packages: &str) -> io::Result<PathBuf> {
+    let hash = hash(&format!("{RECIPE}{packages}"))?;
+    Ok(cache.join(format!("image-{hash}")))
+}
+
 fn cache_directory() -> io::Result<PathBuf> {
     let var = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let base = var("CAISSON_CACHE")
@@ -82,9 +97,7 @@ fn cache_directory() -> io::Result<PathBuf> {
         .or_else(|| Some(var("HOME")?.join(".cache/caisson")))
         .ok_or_else(|| io::Error::other("no HOME to cache the lab's image in"))?;
     let dir = base.join("lab");
-    for archives in ["packages", "nothing"] {
-        fs::create_dir_all(dir.join(archives).join("partial"))?;
-    }
+    fs::create_dir_all(&dir)?;
     Ok(dir)
 }
 
@@ -104,77 +117,6 @@ fn install_tools() -> io::Result<()> {
         .args(&packages))
 }
 
-/// One line for each package: address, file name, size, checksum. Kept while apt's lists do not change.
-fn packages(cache: &Path, flavour: Flavour) -> io::Result<String> {
-    let mut lists = format!("{RECIPE}{}", flavour.name());
-    for entry in fs::read_dir("/var/lib/apt/lists")? {
-        let entry = entry?;
-        let metadata = entry.metadata()?;
-        lists += &format!(
-            "{:?} {} {}\n",
-            entry.file_name(),
-            metadata.size(),
-            metadata.mtime()
-        );
-    }
-    let file = cache.join(format!("packages-{}", hash(&lists)?));
-    if let Ok(known) = fs::read_to_string(&file) {
-        return Ok(known);
-    }
-    let resolved = match resolve(cache, flavour) {
-        Ok(resolved) => resolved,
-        Err(_) => {
-            eprintln!("lab: apt-get update");
-            run(Command::new("apt-get").arg("update"))?;
-            resolve(cache, flavour)?
-        }
-    };
-    fs::write(file, &resolved)?;
-    Ok(resolved)
-}
-
-fn resolve(cache: &Path, flavour: Flavour) -> io::Result<String> {
-    let closure = output(apt_install(cache, "nothing", flavour)?.arg("--print-uris"))?;
-    let kernel = kernel_package(flavour.kernel())?;
-    let kernel =
-        output(Command::new("apt-get").args(["download", "-qq", "--print-uris", &kernel]))?;
-    Ok(format!("{kernel}{closure}"))
-}
-
-/// The newest kernel's package that apt can download: Debian's signed one, else the unsigned one.
-fn kernel_package(meta: &str) -> io::Result<String> {
-    let depends = output(Command::new("apt-cache").args(["depends", meta]))?;
-    let name = depends
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .ok_or_else(|| io::Error::other(format!("apt knows no {meta}")))?;
-    let unsigned = format!("{name}-unsigned");
-    let offered = output(Command::new("apt-cache").args(["madison", name]))?;
-    Ok(if offered.is_empty() {
-        unsigned
-    } else {
-        name.to_owned()
-    })
-}
-
-/// `apt-get install` of all packages as if nothing were installed; it must be told not to install.
-/// What is already in the directory `archives` is neither listed nor downloaded.
-fn apt_install(cache: &Path, archives: &str, flavour: Flavour) -> io::Result<Command> {
-    let status = cache.join("empty-status");
-    File::create(&status)?;
-    let mut apt = Command::new("apt-get");
-    apt.args(["install", "-y", "-qq", "--no-install-recommends"])
-        .arg("-o")
-        .arg(format!("Dir::State::status={}", status.display()))
-        .arg("-o")
-        .arg(format!(
-            "Dir::Cache::archives={}",
-            cache.join(archives).display()
-        ))
-        .args(flavour.packages());
-    Ok(apt)
-}
-
 /// Makes the image's files in `work/out`.
 fn build(work: &Path, archives: &Path, packages: &str, flavour: Flavour) -> io::Result<()> {
     let (root, out) = (work.join("root"), work.join("out"));
@@ -186,14 +128,6 @@ fn build(work: &Path, archives: &Path, packages: &str, flavour: Flavour) -> io::
     let Some((kernel, closure)) = names.split_first() else {
         return Err(io::Error::other("apt resolved no packages"));
     };
-    eprintln!("lab: downloading {} packages", names.len());
-    let cache = archives.parent().unwrap_or(archives);
-    run(apt_install(cache, "packages", flavour)?.arg("--download-only"))?;
-    if !archives.join(kernel).exists() {
-        run(Command::new("apt-get")
-            .args(["download", "-qq", &kernel_package(flavour.kernel())?])
-            .current_dir(archives))?;
-    }
 
     for dir in ["bin", "sbin", "lib", "lib64"] {
         fs::create_dir_all(root.join("usr").join(dir))?;
@@ -265,7 +199,7 @@ fn configure(root: &Path, flavour: Flavour) -> io::Result<()> {
     for (name, target) in flavour.links() {
         symlink(target, root.join("usr").join(name))?;
     }
-    if flavour == Flavour::Systemd {
+    if flavour.has_systemd() {
         // The address of the system's bus is there.
         let run = root.join("var/run");
         fs::remove_dir_all(&run)?;
@@ -348,7 +282,8 @@ fn make_ext4(file: &Path, size: &str, more: &[&std::ffi::OsStr]) -> io::Result<(
     run(mke2fs.args(more).arg(file).arg(size))
 }
 
-fn run(command: &mut Command) -> io::Result<()> {
+/// Runs a command that has to succeed.
+pub(crate) fn run(command: &mut Command) -> io::Result<()> {
     let status = command.stdout(io::stderr()).status()?;
     if status.success() {
         Ok(())
@@ -357,7 +292,8 @@ fn run(command: &mut Command) -> io::Result<()> {
     }
 }
 
-fn output(command: &mut Command) -> io::Result<String> {
+/// What a command prints that has to succeed.
+pub(crate) fn output(command: &mut Command) -> io::Result<String> {
     let output = command.stderr(Stdio::piped()).output()?;
     if output.status.success() {
         String::from_utf8(output.stdout).map_err(io::Error::other)
@@ -378,7 +314,7 @@ fn failed(program: &str, why: &str) -> io::Error {
 }
 
 /// The first 16 digits of the text's SHA-256.
-fn hash(text: &str) -> io::Result<String> {
+pub(crate) fn hash(text: &str) -> io::Result<String> {
     let mut sum = Command::new("sha256sum")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -6,9 +6,11 @@
 //! read-only at their own paths, so fresh binaries run without copying; `/scratch` is an empty local ext4 disk.
 //!
 //! Several labs may run at once, each with its own state directory (`LAB_STATE`).
-//! Here: the command line. Not here: the image (`image.rs`, `flavour.rs`), the virtual machine (`machine.rs`, `mend.rs`), the
-//! process that owns it (`owner.rs`), the client of a command (`exec.rs`), what runs inside (`labd.rs`).
+//! Here: the command line. Not here: the image (`image.rs`, `flavour.rs`, `archive.rs`), the virtual machine
+//! (`machine.rs`, `mend.rs`), the process that owns it (`owner.rs`), the client of a command (`exec.rs`), what runs
+//! inside (`labd.rs`).
 
+mod archive;
 mod exec;
 mod flavour;
 mod frame;
