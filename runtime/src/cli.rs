@@ -268,6 +268,9 @@ pub struct Update {
     /// CPU CFS hardcap limit (in usecs). Allowed cpu time in a given period
     #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
     pub cpu_quota: Option<String>,
+    /// CPU CFS burst limit (in usecs). CPU time that may be saved up for use beyond the quota in a period
+    #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
+    pub cpu_burst: Option<String>,
     /// CPU shares (relative weight vs. other containers)
     #[arg(long, value_name = "SHARES", allow_hyphen_values = true)]
     pub cpu_share: Option<String>,
@@ -277,6 +280,9 @@ pub struct Update {
     /// CPU realtime hardcap limit (in usecs). Allowed cpu time in a given period
     #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
     pub cpu_rt_runtime: Option<String>,
+    /// whether the container runs only where no other wants the CPU (SCHED_IDLE): 0 or 1
+    #[arg(long, value_name = "0|1", allow_hyphen_values = true)]
+    pub cpu_idle: Option<String>,
     /// CPU(s) of the host to use
     #[arg(long, value_name = "LIST")]
     pub cpuset_cpus: Option<String>,

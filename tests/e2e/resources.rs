@@ -192,6 +192,29 @@ fn limits_change_as_they_are_told() {
         (48 << 20).to_string(),
         "it was not to change"
     );
+    // Where there is no limit of memory, there is none of swap.
+    updated(&case, &["--memory", "-1"]);
+    assert_eq!(cgroup(&case, "memory.max"), "max");
+    assert_eq!(cgroup(&case, "memory.swap.max"), "max");
+    case.delete("one");
+}
+
+#[test]
+fn idle_and_burst_of_the_cpu_hold_in_the_guest_and_change() {
+    let Some(case) = Case::begin_with_vm("runc 1.1 does not know them") else {
+        return;
+    };
+    start(
+        &case,
+        json!({"cpu": {"idle": 1, "quota": 50_000, "period": 100_000, "burst": 20_000}}),
+    );
+    assert_eq!(cgroup(&case, "cpu.idle"), "1");
+    assert_eq!(cgroup(&case, "cpu.max.burst"), "20000");
+    let changes = ["--cpu-idle", "0", "--cpu-share", "1024", "--cpu-burst", "0"];
+    updated(&case, &changes);
+    assert_eq!(cgroup(&case, "cpu.idle"), "0");
+    assert_eq!(cgroup(&case, "cpu.weight"), "39");
+    assert_eq!(cgroup(&case, "cpu.max.burst"), "0");
     case.delete("one");
 }
 

@@ -193,20 +193,38 @@ fn unified_settings_have_the_last_word() {
 }
 
 #[test]
-fn idle_and_burst_of_the_cpu_hold_in_the_guest() {
-    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+fn a_vm_section_that_the_host_allows_chooses_kernel_and_size() {
+    let Some(case) = Case::begin_with_vm("runc ignores the vm section") else {
         return;
     };
-    let bundle = case
-        .bundle()
-        .script("cd /sys/fs/cgroup; cat cpu.idle cpu.max cpu.max.burst")
-        .edit(|spec| {
-            with_cgroup_mount(spec);
-            spec["linux"]["resources"]["cpu"] =
-                json!({"idle": 1, "quota": 50_000, "period": 100_000, "burst": 20_000});
+    // The machine's own files, under other names.
+    let configuration = case::configuration();
+    let configured = |key: &str| -> String {
+        let mut values = configuration
+            .lines()
+            .filter_map(|line| line.split_once(" = "));
+        let (_, value) = values.find(|&(name, _)| name == key).expect(key);
+        serde_json::from_str(value).expect("a string")
+    };
+    let copied = |key: &str| {
+        let copy = case.dir().join(key);
+        fs::copy(configured(key), &copy).expect("copy");
+        copy
+    };
+    let (kernel, initrd) = (copied("kernel"), copied("initramfs"));
+    case.configure(
+        "allow_vm_section = true\nmax_vcpus = 2\nkernel = \"/nowhere\"\ninitramfs = \"/nowhere\"\n",
+    );
+    let script = "grep -o section=1 /proc/cmdline; nproc; awk '/^MemTotal/ {print ($2 > 150000 && $2 < 200000)}' /proc/meminfo";
+    let bundle = case.bundle().script(script).edit(|spec| {
+        let parameters = [configured("kernel_params"), "section=1".to_owned()];
+        spec["vm"] = json!({
+            "kernel": {"path": kernel, "initrd": initrd, "parameters": parameters},
+            "hwConfig": {"vcpus": 2, "memory": 192 << 20},
         });
+    });
     let outcome = case.run(&bundle);
-    assert_eq!(outcome.text(), "1\n50000 100000\n20000\n", "{outcome:?}");
+    assert_eq!(outcome.text(), "section=1\n2\n1\n", "{outcome:?}");
 }
 
 #[test]

@@ -117,7 +117,9 @@ fn amount(value: i64) -> String {
 
 fn plan_memory(memory: &LinuxMemory, out: &mut Vec<Setting>) -> Result<(), PlanError> {
     let limit = memory.limit().filter(|l| *l != 0);
-    if let Some(swap) = memory.swap().filter(|s| *s != 0) {
+    // Without a limit there is none of swap either, unless one is given (runc: ConvertMemorySwapToCgroupV2Value).
+    let no_limit = limit.filter(|&limit| limit == -1);
+    if let Some(swap) = memory.swap().filter(|s| *s != 0).or(no_limit) {
         // v1 counts memory and swap together, v2 swap alone.
         let swap_only = match (swap, limit) {
             (-1, _) => "max".to_owned(),
@@ -145,10 +147,12 @@ fn plan_memory(memory: &LinuxMemory, out: &mut Vec<Setting>) -> Result<(), PlanE
 }
 
 fn plan_cpu(cpu: &LinuxCpu, out: &mut Vec<Setting>) {
-    // An idle cgroup takes no weight.
-    if let Some(idle) = cpu.idle().filter(|i| *i != 0) {
+    // An idle cgroup takes no weight, so this comes first.
+    if let Some(idle) = cpu.idle() {
         set(out, "cpu.idle", idle);
-    } else if let Some(shares) = cpu.shares().filter(|s| *s != 0) {
+    }
+    let weighs = cpu.idle().unwrap_or(0) == 0;
+    if let Some(shares) = cpu.shares().filter(|&shares| shares != 0 && weighs) {
         set(out, "cpu.weight", weight_of_shares(shares));
     }
     let quota = cpu.quota().filter(|q| *q != 0);
@@ -326,6 +330,10 @@ mod tests {
         assert_eq!(
             one(r#"{"cpu":{"idle":1,"shares":7}}"#),
             pair("cpu.idle", "1")
+        );
+        assert_eq!(
+            run(r#"{"cpu":{"idle":0,"shares":1024}}"#).unwrap(),
+            [pair("cpu.idle", "0"), pair("cpu.weight", "39")]
         );
     }
 

@@ -397,6 +397,7 @@ fn section_vm(vm: &VmSection, config: &Config) -> Result<(), BundleError> {
         ("vm.hwConfig.deviceTree", hw.device_tree.is_some()),
         ("vm.hwConfig.irqs", hw.irqs.is_some()),
         ("vm.hwConfig.iomems", hw.iomems.is_some()),
+        ("vm.hwConfig.dtdevs", hw.dtdevs.is_some()),
     ]
     .into_iter()
     .find(|&(_, asked)| asked)

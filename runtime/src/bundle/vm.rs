@@ -45,6 +45,8 @@ pub struct HwConfig {
     pub vcpus: Option<u32>,
     /// Memory in bytes.
     pub memory: Option<u64>,
+    /// Nodes of a device tree to pass through, for Xen.
+    pub dtdevs: Option<Value>,
     /// A device tree, for Xen.
     #[serde(rename = "deviceTree")]
     pub device_tree: Option<Value>,

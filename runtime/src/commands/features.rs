@@ -13,9 +13,9 @@ use crate::{bundle::OCI_VERSION, error::CommandError, version};
 
 /// Generic mount options, as runc lists them.
 const MOUNT_OPTIONS: &str = "\
-    acl async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noacl noatime nodev \
+    acl async atime bind defaults dev diratime dirsync exec idmap iversion lazytime loud mand noacl noatime nodev \
     nodiratime noexec noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private ratime rbind \
-    rdev rdiratime relatime remount rexec rnoatime rnodev rnodiratime rnoexec rnorelatime rnostrictatime rnosuid \
+    rdev rdiratime relatime remount rexec ridmap rnoatime rnodev rnodiratime rnoexec rnorelatime rnostrictatime rnosuid \
     rnosymfollow ro rprivate rrelatime rro rrw rshared rslave rstrictatime rsuid rsymfollow runbindable rw shared \
     silent slave strictatime suid symfollow sync tmpcopyup unbindable";
 
@@ -24,6 +24,10 @@ const CAPABILITIES: &str = "\
     NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN \
     SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE \
     MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";
+
+const SECCOMP_FLAGS: &str = "\
+    SECCOMP_FILTER_FLAG_LOG SECCOMP_FILTER_FLAG_SPEC_ALLOW SECCOMP_FILTER_FLAG_TSYNC \
+    SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
 
 pub(super) fn features() -> Result<ExitCode, CommandError> {
     let text = serde_json::to_string_pretty(&document()).map_err(CommandError::Json)?;
@@ -63,6 +67,8 @@ fn document() -> Value {
                 "operators": words(
                     "SCMP_CMP_EQ SCMP_CMP_GE SCMP_CMP_GT SCMP_CMP_LE SCMP_CMP_LT SCMP_CMP_MASKED_EQ SCMP_CMP_NE",
                 ),
+                "knownFlags": words(SECCOMP_FLAGS),
+                "supportedFlags": words(SECCOMP_FLAGS),
                 "archs": words("SCMP_ARCH_AARCH64 SCMP_ARCH_ARM SCMP_ARCH_X32 SCMP_ARCH_X86 SCMP_ARCH_X86_64"),
             },
             "apparmor": {"enabled": false},
@@ -78,6 +84,8 @@ fn document() -> Value {
             "mountExtensions": {"idmap": {"enabled": true}},
             "netDevices": {"enabled": false},
         },
+        // The first, where the host's configuration lists the key.
+        "potentiallyUnsafeConfigAnnotations": words("io.caisson. org.systemd.property."),
         "annotations": {
             "caisson.commit": version::COMMIT,
             "caisson.version": version::VERSION,

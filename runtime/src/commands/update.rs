@@ -110,6 +110,7 @@ fn from_options(args: &Update) -> Result<Value, UpdateError> {
     for (name, option, text) in [
         ("period", "cpu-period", &args.cpu_period),
         ("realtimePeriod", "cpu-rt-period", &args.cpu_rt_period),
+        ("burst", "cpu-burst", &args.cpu_burst),
         ("shares", "cpu-share", &args.cpu_share),
     ] {
         if let Some(text) = text {
@@ -122,6 +123,7 @@ fn from_options(args: &Update) -> Result<Value, UpdateError> {
     for (name, option, text) in [
         ("quota", "cpu-quota", &args.cpu_quota),
         ("realtimeRuntime", "cpu-rt-runtime", &args.cpu_rt_runtime),
+        ("idle", "cpu-idle", &args.cpu_idle),
     ] {
         if let Some(text) = text {
             cpu.insert(name.into(), number::<i64>(option, "ParseInt", text)?.into());
@@ -235,13 +237,13 @@ mod tests {
         );
         let all = built(
             "caisson update --memory 20m --memory-swap -1 --memory-reservation 1k --cpu-quota -1 --cpu-period 5000 \
-             --cpu-share 7 --cpuset-cpus 0-1 --cpuset-mems 0 --pids-limit -1 --blkio-weight 10 c",
+             --cpu-burst 100 --cpu-idle 0 --cpu-share 7 --cpuset-cpus 0-1 --cpuset-mems 0 --pids-limit -1 --blkio-weight 10 c",
         );
         assert_eq!(
             all.unwrap(),
             json!({
                 "memory": {"limit": 20_971_520, "swap": -1, "reservation": 1024},
-                "cpu": {"quota": -1, "period": 5000, "shares": 7, "cpus": "0-1", "mems": "0"},
+                "cpu": {"quota": -1, "period": 5000, "burst": 100, "idle": 0, "shares": 7, "cpus": "0-1", "mems": "0"},
                 "blockIO": {"weight": 10},
                 "pids": {"limit": -1},
             })

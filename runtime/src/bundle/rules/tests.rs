@@ -244,6 +244,10 @@ fn the_vm_section_needs_the_hosts_permission() {
             json!({"hwConfig": {"irqs": [1]}}),
             "vm.hwConfig.irqs is not supported",
         ),
+        (
+            json!({"hwConfig": {"dtdevs": ["/soc"]}}),
+            "vm.hwConfig.dtdevs is not supported",
+        ),
     ] {
         let text = verdict("/vm", section, &permitted).unwrap_err();
         assert!(text.starts_with(wanted), "{text}");
