@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use caisson_vmm_spec::MemoryPolicy;
+use caisson_vmm_spec::{MemoryPolicy, OwnTrees};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
     config::Config,
     network::Plug,
     sandbox::{BootError, Booting},
-    share::{Share, ShareError},
+    share::{ROOTFS, Share, ShareError},
     sizing::Bounds,
     slots::Slots,
     vmm::Machine,
@@ -105,6 +105,10 @@ impl Boot<'_> {
             memory_policy,
             boot_deadline: Duration::from_millis(config.boot_timeout_ms),
             share: share.root()?,
+            own: OwnTrees {
+                name: ROOTFS.to_owned(),
+                believed_ms: config.rootfs_cache_ms,
+            },
             networks,
             slots,
             vhost_net: config.vhost_net,

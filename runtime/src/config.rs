@@ -85,6 +85,8 @@ pub struct Config {
     pub network_tx_packets_per_second: u32,
     /// Have the host's kernel move the packets of network interfaces, where it can.
     pub vhost_net: bool,
+    /// How long a container may believe what it has read of its root file system's names and attributes. 0: not at all.
+    pub rootfs_cache_ms: u32,
     /// Ask the host for huge pages.
     pub huge_pages: bool,
     /// How long a guest may take from its first instruction until its agent answers. 0: no limit.
@@ -124,6 +126,7 @@ impl Default for Config {
             network_tx_burst_bytes: 256 << 10,
             network_tx_packets_per_second: 0,
             vhost_net: false,
+            rootfs_cache_ms: 0,
             huge_pages: true,
             boot_timeout_ms: 30_000,
             debug_console: false,
@@ -258,6 +261,9 @@ impl Config {
             if !NETWORK_BURSTS.contains(&burst) {
                 return Err((key, "65536 to 1073741824"));
             }
+        }
+        if self.rootfs_cache_ms > 60_000 {
+            return Err(("rootfs_cache_ms", "0 to 60000"));
         }
         if self.default_memory_mib < MiB(64) {
             return Err(("default_memory_mib", "at least 64"));

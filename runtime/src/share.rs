@@ -39,6 +39,9 @@ use crate::{
     spawn,
 };
 
+/// What a container's root file system is called in its directory of the share.
+pub const ROOTFS: &str = "rootfs";
+
 /// Why something cannot be shared.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
@@ -184,7 +187,7 @@ impl Share {
     /// As [`Share::add`], with files from another mount namespace.
     pub fn add_trees(&self, id: &str, files: &HostFiles, trees: &Trees) -> Result<(), ShareError> {
         let container = self.path.join(id);
-        let (rootfs, mounts) = (container.join("rootfs"), container.join("mounts"));
+        let (rootfs, mounts) = (container.join(ROOTFS), container.join("mounts"));
         for dir in [&rootfs, &mounts] {
             at("make the directory", dir, fs::create_dir_all(dir))?;
         }
@@ -223,7 +226,7 @@ impl Share {
 
     /// Where a container's root file system is.
     pub fn rootfs(&self, id: &str) -> PathBuf {
-        self.path.join(id).join("rootfs")
+        self.path.join(id).join(ROOTFS)
     }
 
     /// Where the source of a container's bind mount is.
@@ -235,7 +238,7 @@ impl Share {
     /// has to make mount points in it, as runc does before it remounts.
     pub fn add(&self, id: &str, files: &HostFiles) -> Result<(), ShareError> {
         let container = self.path.join(id);
-        let rootfs = container.join("rootfs");
+        let rootfs = container.join(ROOTFS);
         at("make the directory", &rootfs, fs::create_dir_all(&rootfs))?;
         bind(&files.rootfs, &rootfs, true)?;
         detach_from_host(&rootfs)?;
@@ -266,7 +269,7 @@ impl Share {
             remove_mount_point(&entry)?;
         }
         remove_empty(&mounts)?;
-        remove_mount_point(&container.join("rootfs"))?;
+        remove_mount_point(&container.join(ROOTFS))?;
         remove_empty(&container)
     }
 }

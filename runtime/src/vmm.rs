@@ -20,7 +20,8 @@ use std::{
 
 use caisson_agent_api::SHARE_TAG;
 use caisson_vmm_spec::{
-    Cause, Event, Fd, MemoryPolicy, MemorySpec, NetworkSpec, Request, SPEC_FD, ShareSpec, VmSpec,
+    Cause, Event, Fd, MemoryPolicy, MemorySpec, NetworkSpec, OwnTrees, Request, SPEC_FD, ShareSpec,
+    VmSpec,
 };
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags},
@@ -64,6 +65,8 @@ pub struct Machine<'a> {
     pub boot_deadline: Duration,
     /// The shared directory.
     pub share: OwnedFd,
+    /// Trees in it that the guest may believe.
+    pub own: OwnTrees,
     /// The network interfaces that are there from the start, in the slots of their order.
     pub networks: Vec<Plug>,
     /// Their places, and those for more of them and for disks.
@@ -173,6 +176,7 @@ impl Vmm {
             shares: vec![ShareSpec {
                 tag: SHARE_TAG.to_owned(),
                 root: files.add(machine.share),
+                own: Some(machine.own),
             }],
             networks: networks
                 .map(|plug| NetworkSpec {

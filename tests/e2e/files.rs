@@ -213,3 +213,33 @@ fn bind_mounts_are_live_in_both_directions_and_read_only_ones_refuse() {
     );
     case.delete("one");
 }
+
+#[test]
+fn a_root_file_system_may_be_believed_for_a_while_and_volumes_never() {
+    let Some(case) = Case::begin_with_vm("runc's container has the host's files") else {
+        return;
+    };
+    case.configure("rootfs_cache_ms = 60000\n");
+    let volume = case.dir().join("volume");
+    fs::create_dir(&volume).expect("mkdir");
+    fs::write(volume.join("file"), "1").expect("write");
+    let source = volume.display().to_string();
+    let bundle = case.bundle().args(["sleep", "1000"]);
+    let bundle = bundle.mount(&source, "/volume", &["rbind", "rw"]);
+    case.start(&bundle, "one");
+    let exec = |script: &str| case.exec("one", script).text().to_owned();
+    let look =
+        "cat /volume/file; test -e /volume/new && echo new; test -e /tmp/new && echo late; true";
+    assert_eq!(exec(look), "1");
+    fs::write(volume.join("file"), "22").expect("write");
+    fs::write(volume.join("new"), "").expect("write");
+    fs::write(bundle.rootfs("tmp/new"), "").expect("write");
+    assert_eq!(exec(look), "22new\n", "a volume is asked for");
+    // What the container does itself it sees, and so does the host.
+    let own = "cd /tmp; test -e a || echo 12 > a; ln a b; mv a c; ls b c; test -e a || echo gone; \
+               echo 345 >> b; cat c; rm b; stat -c %h c";
+    assert_eq!(exec(own), "b\nc\ngone\n12\n345\n1\n");
+    let made = fs::read_to_string(bundle.rootfs("tmp/c")).expect("read");
+    assert_eq!(made, "12\n345\n");
+    case.delete("one");
+}

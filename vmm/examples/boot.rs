@@ -72,6 +72,7 @@ fn main() -> Result<ExitCode> {
         spec.shares.push(ShareSpec {
             tag: tag.to_owned(),
             root,
+            own: None,
         });
     }
     if let Some(name) = option("net=") {

@@ -134,6 +134,19 @@ pub struct ShareSpec {
     pub tag: String,
     /// The directory, open with `O_DIRECTORY` (`O_PATH` will do).
     pub root: Fd,
+    /// Trees in it of which the guest need not ask whether somebody else has changed them. None: it asks, everywhere.
+    #[serde(default)]
+    pub own: Option<OwnTrees>,
+}
+
+/// The trees `*/NAME` of a share, each up to what is mounted in it, that the guest may take for its own for a while.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnTrees {
+    /// The last component of their paths.
+    pub name: String,
+    /// How long it may believe what it was told of names and attributes. 0: as everywhere.
+    pub believed_ms: u32,
 }
 
 /// What is behind a network interface.

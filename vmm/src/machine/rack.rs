@@ -193,7 +193,7 @@ impl<'a> Rack<'a> {
         }
         for (index, (spec, root)) in files.shares.into_iter().enumerate() {
             let name = format!("fs{index}");
-            let fs = Fs::new(&name, &spec.tag, root, self.mem, self.counters);
+            let fs = Fs::new(&name, &spec, root, self.mem, self.counters);
             let fs = Box::new(fs.map_err(device(&name))?);
             let mut worker = Worker::new(self.mem, self.ending, self.counters)
                 .map_err(host("make a share's worker"))?;

@@ -5,7 +5,7 @@
 //!   for that; inside another process `..` in MKDIR, RENAME or UNLINK would leave the share;
 //! - offsets of READ and WRITE fit into a file offset together with their size (virtiofsd unwraps a conversion);
 //! - a client that lacks SUBMOUNTS is refused (virtiofsd would print a line for each INIT);
-//! - cache times and cache options are those of `coherence.rs`;
+//! - cache times and cache options are those of `coherence.rs`, and of `own.rs`;
 //! - the guest kernel has checked permissions already (it mounts with default_permissions), so the server's thread
 //!   keeps its capabilities while it creates files under the caller's ids; see `thread.rs`.
 //!
@@ -18,11 +18,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use caisson_vmm_spec::OwnTrees;
 use virtiofsd::filesystem::{Context, Entry, FileSystem, OpenOptions};
 use virtiofsd::fuse::Attr;
 use virtiofsd::passthrough::PassthroughFs;
 
 use super::coherence::{ChangeTime, Coherence, change_time, last_tick, now};
+use super::own::Own;
 use super::pins::Pins;
 
 pub(super) type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -40,15 +42,17 @@ pub(super) struct Guard(Arc<Guarded>);
 struct Guarded {
     fs: PassthroughFs,
     coherence: Coherence,
+    own: Own,
     pins: Pins,
 }
 
 impl Guard {
-    /// Puts the guard in front of `fs`.
-    pub(super) fn new(fs: PassthroughFs) -> Self {
+    /// Puts the guard in front of `fs`, of which the guest may believe the trees `own`.
+    pub(super) fn new(fs: PassthroughFs, own: Option<OwnTrees>) -> Self {
         Self(Arc::new(Guarded {
             fs,
             coherence: Coherence::new(),
+            own: Own::new(own),
             pins: Pins::default(),
         }))
     }
@@ -66,6 +70,11 @@ impl Guard {
     /// The file system behind the guard.
     pub(super) fn fs(&self) -> &PassthroughFs {
         &self.0.fs
+    }
+
+    /// Trees that the guest may believe.
+    pub(super) fn own(&self) -> &Own {
+        &self.0.own
     }
 
     /// Removed files that are still in use.
@@ -111,6 +120,7 @@ impl Guard {
         made: &Entry,
     ) {
         let until = now();
+        self.0.own.see(parent, None, made);
         let coherence = &self.0.coherence;
         coherence.changed_by_guest(parent, since, until);
         coherence.changed_by_guest(linked.unwrap_or(made.inode), since, until);
@@ -123,7 +133,7 @@ impl Guard {
         entry.entry_timeout = if directory || LISTING.get() {
             entry.attr_timeout
         } else {
-            Duration::ZERO
+            self.0.own.believed(entry.inode)
         };
         entry
     }
@@ -131,7 +141,7 @@ impl Guard {
     /// Remembers what the guest learns of a node, and for how long it may believe it.
     pub(super) fn attributes(&self, inode: Inode, attr: Attr) -> (Attr, Duration) {
         let lifetime = self.0.coherence.told(inode, changed(&attr), now());
-        (attr, lifetime)
+        (attr, lifetime.max(self.0.own.believed(inode)))
     }
 
     /// Does what may remove `name` from `parent`.

@@ -7,6 +7,7 @@
 //! | `operations.rs` | every operation, through the guard |
 //! | `checks.rs` | what a request may say |
 //! | `coherence.rs` | what the guest may cache |
+//! | `own.rs` | trees that the guest may believe for longer |
 //! | `pins.rs` | removed files that are still in use |
 //! | `wire.rs` | messages without a reply |
 //! | `thread.rs` | what a serving thread must be |
@@ -23,6 +24,7 @@ mod checks;
 mod coherence;
 mod guard;
 mod operations;
+mod own;
 mod pins;
 mod server;
 mod thread;
@@ -31,6 +33,8 @@ mod wire;
 
 use std::io;
 use std::os::fd::OwnedFd;
+
+use caisson_vmm_spec::{OwnTrees, ShareSpec};
 
 use crate::counters::{Counter, Counters};
 use crate::memory::Mem;
@@ -60,30 +64,32 @@ pub struct Fs {
     mem: Mem,
     chain: Chain,
     descriptors: u64,
+    own: Option<OwnTrees>,
     requests: Counter,
     /// There from `enter_thread` on.
     server: Option<FsServer>,
 }
 
 impl Fs {
-    /// The directory `root` under `tag`. Raises the process's limit of descriptors to what the host allows.
+    /// The directory `root` as `spec` has it. Raises the process's limit of descriptors to what the host allows.
     ///
     /// # Errors
     /// [`TagError`].
     pub fn new(
         name: &str,
-        tag: &str,
+        spec: &ShareSpec,
         root: OwnedFd,
         mem: &Mem,
         counters: &Counters,
     ) -> Result<Self, TagError> {
         Ok(Self {
             name: name.into(),
-            config: ConfigSpace::read_only(config_space(tag)?),
+            config: ConfigSpace::read_only(config_space(&spec.tag)?),
             root,
             mem: mem.clone(),
             chain: Chain::new(mem),
             descriptors: thread::raise_descriptor_limit(),
+            own: spec.own.clone(),
             requests: counters.register(format!("{name}.requests")),
             server: None,
         })
@@ -120,7 +126,11 @@ impl Device for Fs {
 
     fn enter_thread(&mut self) -> io::Result<()> {
         thread::enter(&self.root)?;
-        self.server = Some(FsServer::start(&self.mem, self.descriptors)?);
+        self.server = Some(FsServer::start(
+            &self.mem,
+            self.descriptors,
+            self.own.take(),
+        )?);
         Ok(())
     }
 

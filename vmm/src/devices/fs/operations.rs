@@ -31,24 +31,33 @@ impl FileSystem for Guard {
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
+        self.own().clear();
         self.pins().clear(); // as `init` of virtiofsd forgets everything
         self.fs().init(capable)
     }
 
     fn destroy(&self) {
         self.fs().destroy();
+        self.own().clear();
         self.pins().clear();
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         component(name)?;
-        let found = self.fs().lookup(ctx, parent, name)?;
+        let found = match self.fs().lookup(ctx, parent, name) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                return self.own().absent(parent).ok_or(error);
+            }
+            found => found?,
+        };
         self.pins().see(parent, name, &found);
+        self.own().see(parent, Some(name), &found);
         Ok(self.entry(found))
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
         self.fs().forget(ctx, inode, count);
+        self.own().forget(inode);
         self.pins().forgotten(self.fs(), ctx, inode);
     }
 

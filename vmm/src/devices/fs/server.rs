@@ -13,6 +13,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use caisson_vmm_spec::OwnTrees;
 use virtio_queue::DescriptorChain;
 use virtiofsd::Error;
 use virtiofsd::descriptor_utils::{Reader, Writer};
@@ -45,11 +46,12 @@ pub(super) struct FsServer {
 }
 
 impl FsServer {
-    /// Serves the calling thread's working directory out of `mem`. `descriptors` is the process's limit.
+    /// Serves the calling thread's working directory out of `mem`. `descriptors` is the process's limit;
+    /// `own` are trees that the guest may believe.
     ///
     /// # Errors
     /// The directory or `/proc` cannot be opened.
-    pub(super) fn start(mem: &Mem, descriptors: u64) -> io::Result<Self> {
+    pub(super) fn start(mem: &Mem, descriptors: u64, own: Option<OwnTrees>) -> io::Result<Self> {
         let view = View::of(mem).ok_or(io::ErrorKind::InvalidInput)?;
         let config = Config {
             root_dir: ".".into(),
@@ -66,7 +68,7 @@ impl FsServer {
             guest_fd_limit: descriptors.saturating_sub(RESERVED_DESCRIPTORS),
             ..Config::default()
         };
-        let guard = Guard::new(PassthroughFs::new(config)?);
+        let guard = Guard::new(PassthroughFs::new(config)?, own);
         Ok(Self {
             server: Server::new(guard.clone()),
             guard,

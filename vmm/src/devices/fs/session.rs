@@ -33,7 +33,7 @@ pub fn fuzz(bytes: &[u8]) {
 #[allow(clippy::unwrap_used, reason = "for tests: a failure is a failed test")]
 fn serve(mut bytes: &[u8]) {
     let mut driver = Driver::new();
-    let server = FsServer::start(&driver.mem, 1024).unwrap();
+    let server = FsServer::start(&driver.mem, 1024, None).unwrap();
     driver.offer(&[&init()], &[16, 64]);
     server
         .request(driver.queue.pop_raw().unwrap().unwrap())

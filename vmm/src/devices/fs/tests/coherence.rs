@@ -107,3 +107,71 @@ fn what_the_guest_itself_made_is_believed_for_a_tick() {
         assert_eq!((u64_at(&entry, 48), times(&entry)), (12, (0, 0)));
     });
 }
+
+#[test]
+fn a_tree_of_the_guests_own_is_believed_and_nothing_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = OwnTrees {
+        name: "rootfs".into(),
+        believed_ms: 1500,
+    };
+    for place in [
+        "c1/rootfs/etc",
+        "c1/rootfs/rootfs",
+        "c1/mounts/rootfs",
+        "rootfs",
+    ] {
+        fs::create_dir_all(dir.path().join(place)).unwrap();
+        fs::write(dir.path().join(place).join("file"), "").unwrap();
+    }
+    guest_with(dir.path().to_owned(), Some(own), |guest| {
+        guest.init();
+        // Seconds and nanoseconds that the name and the attributes last.
+        let times = |entry: &[u8]| {
+            let name = (u64_at(entry, 16), u32_at(entry, 32));
+            (name, (u64_at(entry, 24), u32_at(entry, 36)))
+        };
+        let path = |guest: &mut Guest, names: &[&[u8]]| {
+            let found = |node, name: &&[u8]| guest.lookup(node, name).unwrap().0;
+            let dir = names[..names.len() - 1].iter().fold(ROOT, found);
+            (
+                dir,
+                times(&guest.lookup(dir, names[names.len() - 1]).unwrap().1),
+            )
+        };
+        let while_ = (1, 500_000_000);
+        let believed = (while_, while_);
+        let asked = ((0, 0), (0, 0));
+        assert_eq!(path(guest, &[b"c1", b"rootfs", b"etc"]).1, believed);
+        assert_eq!(
+            path(guest, &[b"c1", b"rootfs", b"etc", b"file"]).1,
+            believed
+        );
+        assert_eq!(
+            path(guest, &[b"c1", b"rootfs", b"rootfs", b"file"]).1,
+            believed
+        );
+        assert_eq!(path(guest, &[b"c1"]).1, asked);
+        assert_eq!(
+            path(guest, &[b"c1", b"mounts", b"rootfs", b"file"]).1,
+            asked
+        );
+        assert_eq!(path(guest, &[b"rootfs", b"file"]).1, asked);
+        let (strange, _) = path(guest, &[b"rootfs", b"file"]);
+        let (etc, _) = path(guest, &[b"c1", b"rootfs", b"etc", b"file"]);
+        let (node, absent) = guest.lookup(etc, b"absent").unwrap();
+        assert_eq!((node, times(&absent).0), (0, while_));
+        assert_eq!(guest.lookup(strange, b"absent").unwrap_err(), libc::ENOENT);
+        let create = words(&[0o102, libc::S_IFREG | 0o644, 0o022, 0]);
+        let (_, made) = guest.call(CREATE, etc, &[&create, b"absent\0"]);
+        assert_eq!(times(&made), believed, "what it makes there as well");
+        // Forgotten, until it is looked up again.
+        guest.call(FORGET, etc, &[&longs(&[1])]);
+        let (_, entry) = guest.lookup(etc, b"file").unwrap();
+        assert_eq!(times(&entry), asked);
+        assert_eq!(
+            path(guest, &[b"c1", b"rootfs", b"etc", b"file"]).1,
+            believed
+        );
+    });
+}

@@ -98,11 +98,20 @@ fn guest(test: impl FnOnce(&mut Guest) + Send + 'static) {
 
 /// Runs `test` as a guest of `share`, on a thread that serves it.
 fn guest_of(share: PathBuf, test: impl FnOnce(&mut Guest) + Send + 'static) {
+    guest_with(share, None, test);
+}
+
+/// The same with trees that the guest may believe.
+fn guest_with(
+    share: PathBuf,
+    own: Option<OwnTrees>,
+    test: impl FnOnce(&mut Guest) + Send + 'static,
+) {
     let root: OwnedFd = fs::File::open(&share).unwrap().into();
     let serving = std::thread::spawn(move || {
         thread::enter(&root).unwrap();
         let driver = Driver::new();
-        let server = FsServer::start(&driver.mem, thread::raise_descriptor_limit()).unwrap();
+        let server = FsServer::start(&driver.mem, thread::raise_descriptor_limit(), own).unwrap();
         test(&mut Guest {
             driver,
             server,
