@@ -14,7 +14,7 @@ use std::{
 
 use caisson_agent_api::SHM_MOUNT;
 use oci_spec::runtime::{
-    LinuxCpuBuilder, LinuxMemoryBuilder, LinuxNamespaceType, LinuxResources, Mount, Spec,
+    LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources, Mount, Spec,
 };
 use serde::Deserialize;
 
@@ -45,6 +45,12 @@ const NAMES: [(&str, &str); 2] = [
         "io.kubernetes.cri-o.ContainerType",
         "io.kubernetes.cri-o.SandboxID",
     ),
+];
+
+/// CRI-O's names for the sum of a pod's resources: the CRI's `LinuxContainerResources` as JSON. The later name first.
+const SUMS: [&str; 2] = [
+    "pod-linux-resources.crio.io",
+    "io.kubernetes.cri-o.PodLinuxResources",
 ];
 
 /// Where shared memory is, in every container of a pod.
@@ -130,29 +136,46 @@ fn role(annotations: Option<&Annotations>) -> Result<Role, RoleError> {
     Ok(Role::Alone)
 }
 
+/// What the containers of a pod may use together. Zero and less: no limit.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Sum {
+    cpu_quota: i64,
+    cpu_period: i64,
+    cpu_shares: i64,
+    memory_limit_in_bytes: i64,
+}
+
+impl Sum {
+    /// As containerd or CRI-O tell it; nothing else is a limit.
+    fn of(annotations: &Annotations) -> Self {
+        let told = |name: &&str| serde_json::from_str(annotations.get(*name)?).ok();
+        SUMS.iter().find_map(told).unwrap_or_else(|| {
+            let number = |name: &str| annotations.get(name)?.parse().ok();
+            let told = |name| number(name).unwrap_or(0);
+            Self {
+                cpu_quota: told("io.kubernetes.cri.sandbox-cpu-quota"),
+                cpu_period: told("io.kubernetes.cri.sandbox-cpu-period"),
+                cpu_shares: told("io.kubernetes.cri.sandbox-cpu-shares"),
+                memory_limit_in_bytes: told("io.kubernetes.cri.sandbox-memory"),
+            }
+        })
+    }
+}
+
 /// The specification by which a pod's virtual machine and cgroup are sized: the sandbox's own with the sums of its
 /// containers, where the engine has told them.
 pub(super) fn summed_up(spec: &Spec) -> Spec {
-    let number = |name: &str| {
-        let value = spec.annotations().as_ref()?.get(name)?;
-        value.parse::<i64>().ok().filter(|&number| number > 0)
-    };
+    let sum = spec.annotations().as_ref().map(Sum::of).unwrap_or_default();
+    let limit = |number: i64| Some(number).filter(|&number| number > 0);
+    let mut cpu = LinuxCpu::default();
+    cpu.set_quota(limit(sum.cpu_quota))
+        .set_period(limit(sum.cpu_period).map(i64::unsigned_abs))
+        .set_shares(limit(sum.cpu_shares).map(i64::unsigned_abs));
+    let mut memory = LinuxMemory::default();
+    memory.set_limit(limit(sum.memory_limit_in_bytes));
     let mut resources = LinuxResources::default();
-    let mut cpu = LinuxCpuBuilder::default();
-    if let Some(quota) = number("io.kubernetes.cri.sandbox-cpu-quota") {
-        cpu = cpu.quota(quota);
-    }
-    if let Some(period) = number("io.kubernetes.cri.sandbox-cpu-period") {
-        cpu = cpu.period(period.unsigned_abs());
-    }
-    if let Some(shares) = number("io.kubernetes.cri.sandbox-cpu-shares") {
-        cpu = cpu.shares(shares.unsigned_abs());
-    }
-    // Builders of plain numbers have nothing to refuse.
-    resources.set_cpu(cpu.build().ok());
-    if let Some(limit) = number("io.kubernetes.cri.sandbox-memory") {
-        resources.set_memory(LinuxMemoryBuilder::default().limit(limit).build().ok());
-    }
+    resources.set_cpu(Some(cpu)).set_memory(Some(memory));
     let mut sized = spec.clone();
     if let Some(linux) = sized.linux_mut() {
         linux.set_resources(Some(resources));
@@ -288,6 +311,22 @@ mod tests {
             json!({"quota": 150_000, "period": 100_000})
         );
         assert_eq!(linux["resources"]["memory"]["limit"], 134_217_728);
+    }
+
+    #[test]
+    fn cri_o_tells_the_sum_in_one_object() {
+        for name in SUMS {
+            let sum = r#"{"cpu_period":100000,"cpu_quota":50000,"cpu_shares":512,"memory_limit_in_bytes":67108864,"unified":{}}"#;
+            let sized = summed_up(&spec(json!({
+                "ociVersion": "1.0.2",
+                "annotations": {name: sum},
+                "linux": {},
+            })));
+            let resources = serde_json::to_value(sized.linux()).unwrap()["resources"].clone();
+            let cpu = json!({"quota": 50_000, "period": 100_000, "shares": 512});
+            assert_eq!(resources["cpu"], cpu);
+            assert_eq!(resources["memory"]["limit"], 67_108_864);
+        }
     }
 
     #[test]
