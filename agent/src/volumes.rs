@@ -167,10 +167,12 @@ fn cuts_off(word: u32) -> bool {
 
 /// What the mount of a volume's directory asks for holds for the mounts in it; and they are read-only.
 const fn within(mount: &MountPlan) -> AttributePlan {
-    AttributePlan {
-        set: mount.attributes.set | mount.recursive.set | attribute::RDONLY,
-        clear: 0,
-    }
+    let mut plan = AttributePlan { set: 0, clear: 0 };
+    let (own, tree) = (mount.attributes, mount.recursive);
+    plan.add(own.set, own.clear & attribute::ATIME);
+    plan.add(tree.set, tree.clear & attribute::ATIME);
+    plan.add(attribute::RDONLY, 0);
+    plan
 }
 
 fn make_directory(path: &Path) -> Result<(), VolumeError> {
@@ -238,6 +240,7 @@ impl Volume {
         };
         let attributes = sys::MountAttributes {
             set: self.attributes.set,
+            clear: self.attributes.clear,
             ..Default::default()
         };
         sys::set_mount_attributes(tree.as_fd(), false, attributes)
@@ -276,7 +279,7 @@ impl Volume {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::mounts::propagation;
+    use crate::plan::mounts::{self, propagation};
 
     #[test]
     fn only_what_makes_every_mount_private_cuts_off() {
@@ -285,5 +288,29 @@ mod tests {
             .filter(|word| propagation(word).is_some_and(cuts_off))
             .collect();
         assert_eq!(cut, ["rprivate", "runbindable"]);
+    }
+
+    #[test]
+    fn mounts_in_a_volume_have_its_settings_and_one_of_access_times() {
+        let inner = |options: &[&str]| {
+            let mount = serde_json::json!({
+                "destination": "/v", "type": "bind", "source": "/src", "options": options});
+            let plan = mounts::plan(&[serde_json::from_value(mount).unwrap()]).unwrap();
+            within(&plan[0])
+        };
+        let plan = |set, clear| AttributePlan {
+            set: set | attribute::RDONLY,
+            clear,
+        };
+        let field = attribute::ATIME;
+        assert_eq!(inner(&["rbind", "ro", "dev"]), plan(0, 0));
+        assert_eq!(
+            inner(&["rbind", "noatime", "rnosuid"]),
+            plan(attribute::NOATIME | attribute::NOSUID, field)
+        );
+        assert_eq!(
+            inner(&["rbind", "noatime", "rstrictatime"]),
+            plan(attribute::STRICTATIME, field)
+        );
     }
 }

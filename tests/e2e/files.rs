@@ -186,11 +186,12 @@ fn bind_mounts_are_live_in_both_directions_and_read_only_ones_refuse() {
     fs::write(volume.join("from-host"), "1").expect("write");
     let source = volume.display().to_string();
     let bundle = case.bundle().args(["sleep", "1000"]);
-    let bundle =
-        bundle
-            .mount(&source, "/rw", &["rbind", "rw"])
-            .mount(&source, "/ro", &["rbind", "ro"]);
+    let bundle = bundle
+        .mount(&source, "/rw", &["rbind", "rw", "rnoatime"])
+        .mount(&source, "/ro", &["rbind", "ro", "noatime"]);
     case.start(&bundle, "one");
+    let settings = case.exec("one", "grep -c ' /r[ow] .*noatime' /proc/mounts");
+    assert_eq!(settings.text(), "2\n", "{settings:?}");
     assert_eq!(
         case.exec(
             "one",

@@ -42,9 +42,11 @@ pub struct AttributePlan {
 }
 
 impl AttributePlan {
-    const fn add(&mut self, set: u64, clear: u64) {
+    /// A bit that is set is not cleared as well, but for the field of access times: the kernel takes a value of it only
+    /// with the whole field cleared.
+    pub(crate) const fn add(&mut self, set: u64, clear: u64) {
         self.set = (self.set & !clear) | set;
-        self.clear = (self.clear & !set) | clear;
+        self.clear = (self.clear & !(set & !attribute::ATIME)) | clear;
     }
 
     /// Nothing to change.
@@ -132,13 +134,13 @@ fn effect(option: &str) -> Option<Effect> {
         "remount" => Flag(MountFlags::from_bits_retain(32), NONE, 0, 0),
         "mand" => Flag(MANDATORY_LOCKS, NONE, 0, 0),
         "nomand" => Flag(NONE, MANDATORY_LOCKS, 0, 0),
-        "noatime" => Flag(M::NOATIME, NONE, a::NOATIME, a::ATIME & !a::NOATIME),
+        "noatime" => Flag(M::NOATIME, NONE, a::NOATIME, a::ATIME),
         "atime" => Flag(NONE, M::NOATIME, 0, a::ATIME),
         "nodiratime" => Flag(M::NODIRATIME, NONE, a::NODIRATIME, 0),
         "diratime" => Flag(NONE, M::NODIRATIME, 0, a::NODIRATIME),
         "relatime" => Flag(M::RELATIME, NONE, 0, a::ATIME),
         "norelatime" => Flag(NONE, M::RELATIME, 0, 0),
-        "strictatime" => Flag(M::STRICTATIME, NONE, a::STRICTATIME, a::ATIME & !a::STRICTATIME),
+        "strictatime" => Flag(M::STRICTATIME, NONE, a::STRICTATIME, a::ATIME),
         "nostrictatime" => Flag(NONE, M::STRICTATIME, 0, a::ATIME),
         "lazytime" => Flag(M::LAZYTIME, NONE, 0, 0),
         "nolazytime" => Flag(NONE, M::LAZYTIME, 0, 0),
@@ -171,8 +173,8 @@ fn effect(option: &str) -> Option<Effect> {
         "rnodiratime" => Recursive(a::NODIRATIME, 0),
         "rdiratime" => Recursive(0, a::NODIRATIME),
         "rrelatime" | "rnostrictatime" | "ratime" => Recursive(0, a::ATIME),
-        "rnorelatime" | "rstrictatime" => Recursive(a::STRICTATIME, a::ATIME & !a::STRICTATIME),
-        "rnoatime" => Recursive(a::NOATIME, a::ATIME & !a::NOATIME),
+        "rnorelatime" | "rstrictatime" => Recursive(a::STRICTATIME, a::ATIME),
+        "rnoatime" => Recursive(a::NOATIME, a::ATIME),
         "rnosymfollow" => Recursive(a::NOSYMFOLLOW, 0),
         "rsymfollow" => Recursive(0, a::NOSYMFOLLOW),
         "tmpcopyup" => CopyUp,
@@ -352,9 +354,30 @@ mod tests {
 
     #[test]
     fn access_time_settings_are_one_field() {
-        let plan = mount("none", "/t", &["bind", "noatime", "strictatime"]).unwrap();
-        assert_eq!(plan.attributes.set, attribute::STRICTATIME);
-        assert_eq!(plan.attributes.clear, attribute::NOATIME | 0x40);
+        let planned = |options: &[&str]| {
+            let plan = mount("none", "/t", options).unwrap();
+            (plan.attributes, plan.recursive)
+        };
+        let (nothing, field) = (AttributePlan::default(), attribute::ATIME);
+        let value = |set| AttributePlan { set, clear: field };
+        let (never, always) = (value(attribute::NOATIME), value(attribute::STRICTATIME));
+        assert_eq!(planned(&["bind", "noatime"]), (never, nothing));
+        assert_eq!(
+            planned(&["bind", "noatime", "strictatime"]),
+            (always, nothing)
+        );
+        assert_eq!(
+            planned(&["bind", "noatime", "relatime"]),
+            (value(0), nothing)
+        );
+        for (option, recursive) in [
+            ("rnoatime", never),
+            ("rstrictatime", always),
+            ("rnorelatime", always),
+            ("rrelatime", value(0)),
+        ] {
+            assert_eq!(planned(&["rbind", option]), (nothing, recursive));
+        }
     }
 
     #[test]
