@@ -12,6 +12,7 @@ mod container;
 mod devices;
 mod disks;
 pub mod guest;
+mod huge_pages;
 mod inspect;
 pub mod kmsg;
 mod listening;

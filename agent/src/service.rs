@@ -8,6 +8,7 @@ use crate::container::{Container, ContainerError, Workshop};
 use crate::disks::Disks;
 use crate::error_line;
 use crate::guest::{self, GuestError};
+use crate::huge_pages::HugePages;
 use crate::machine;
 use crate::network::Loopback;
 use crate::process::ProcessError;
@@ -45,6 +46,7 @@ struct Service {
     /// Whether the directory of volumes is mounted. No await while it is held.
     holds_volumes: Mutex<bool>,
     disks: Disks,
+    huge_pages: HugePages,
     shutdown: Arc<Notify>,
 }
 
@@ -68,6 +70,7 @@ fn code(error: &ContainerError) -> Code {
         ContainerError::Cgroup(_)
         | ContainerError::Network(_)
         | ContainerError::Disk(_)
+        | ContainerError::HugePages(_)
         | ContainerError::Process(_)
         | ContainerError::Guest(_)
         | ContainerError::Volume(VolumeError::Step { .. })
@@ -132,6 +135,7 @@ impl Service {
             guest::hold_volumes,
         )?;
         let made = async {
+            self.huge_pages.give(&claim.id, &request.huge_pages).await?;
             let disks = self.disks.give(&claim.id, &request.disks).await?;
             Container::create(&self.workshop, &request, &disks).await
         };
@@ -139,6 +143,9 @@ impl Service {
             Ok(container) => container,
             Err(error) => {
                 if let Err(left) = self.disks.release(&claim.id).await {
+                    crate::kmsg::error(&error_line(&left));
+                }
+                if let Err(left) = self.huge_pages.release(&claim.id).await {
                     crate::kmsg::error(&error_line(&left));
                 }
                 return Err(error);
@@ -155,6 +162,7 @@ impl Service {
         };
         container.remove().await?;
         self.disks.release(id).await?;
+        self.huge_pages.release(id).await?;
         self.containers().remove(id);
         Ok(())
     }
@@ -467,6 +475,7 @@ async fn serve(mut control: Socket, dial: impl Dial) -> ttrpc::Result<()> {
         loopback: Loopback::default(),
         holds_volumes: Mutex::default(),
         disks: Disks::default(),
+        huge_pages: HugePages::default(),
         shutdown: Arc::clone(&shutdown),
     };
     let connection = stream::once(async { Ok::<_, io::Error>(control) });

@@ -17,6 +17,7 @@ pub mod exec;
 pub mod forwarded;
 pub mod guest_spec;
 pub mod hooks;
+pub mod huge_pages;
 pub mod id_mapping;
 pub mod identities;
 pub mod log;

@@ -3,7 +3,8 @@
 //! - vCPUs: `ceil(quota / period)` of `linux.resources.cpu`; without a quota the host's configured default; at least 1,
 //!   at most 32, never more than the host has.
 //! - Memory: the container's limit rounded up to MiB, plus the configured overhead for the guest's kernel and agent,
-//!   at least [`SMALLEST`]; without a limit the configured default. A limit below [`SMALLEST_LIMIT`] is refused.
+//!   at least [`SMALLEST`]; without a limit the configured default. A limit below [`SMALLEST_LIMIT`] is refused. Huge pages
+//!   (`hugepageLimits`) come on top of that.
 //! - What it may grow to while it runs: `max_vcpus` and `max_memory_mib` of the configuration, never more than the host has,
 //!   never less than it boots with.
 //! - `vm.hwConfig` of the specification, which has passed `bundle`, overrides either.
@@ -12,7 +13,7 @@ pub use caisson_vmm_spec::MiB;
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
-use crate::{bundle::VmSection, config::Config};
+use crate::{bundle::VmSection, config::Config, huge_pages};
 
 /// The smallest guest that boots.
 pub const SMALLEST: MiB = MiB(64);
@@ -44,6 +45,8 @@ pub struct Bounds {
     pub most: VmSize,
     /// Memory for the guest's kernel and agent, beside its containers' limits.
     pub overhead: MiB,
+    /// What it boots with for its first container's huge pages.
+    pub huge: MiB,
 }
 
 /// What one container of a sandbox may use. Zero: no limit, and nothing to be made room for.
@@ -53,11 +56,13 @@ pub struct Needs {
     pub memory_bytes: u64,
     /// Its quota of CPU time in thousandths of a CPU.
     pub milli_cpus: u64,
+    /// Its huge pages, which are set aside beside what the memory limit counts.
+    pub huge_bytes: u64,
 }
 
 impl Bounds {
-    /// Those of a machine that boots with `boot`.
-    pub fn of(boot: VmSize, config: &Config, host: Host) -> Self {
+    /// Those of a machine that boots with `boot` for the container of `spec`.
+    pub fn of(boot: VmSize, spec: &Spec, config: &Config, host: Host) -> Self {
         let host_mib = u32::try_from(host.memory_bytes >> 20).unwrap_or(u32::MAX);
         let memory = match config.max_memory_mib {
             MiB(0) => host_mib,
@@ -71,24 +76,40 @@ impl Bounds {
                 memory: MiB(memory.max(boot.memory.0)),
             },
             overhead: config.memory_overhead_mib,
+            huge: round_up(huge_pages::bytes(spec)),
         }
+    }
+
+    /// What a machine must have for containers with so many huge pages, if that is more than it may have.
+    pub fn beyond(&self, huge_bytes: u64) -> Option<MiB> {
+        let needed = self
+            .beside_huge_pages()
+            .saturating_add(round_up(huge_bytes).0);
+        (needed > self.most.memory.0).then_some(MiB(needed))
+    }
+
+    /// What it boots with for everything else.
+    fn beside_huge_pages(&self) -> u32 {
+        self.boot.memory.0.saturating_sub(self.huge.0)
     }
 
     /// The machine for containers with these needs together, as far as there may be one.
     pub fn fitting(&self, all: impl Iterator<Item = Needs>) -> VmSize {
-        let (mut bytes, mut milli) = (0_u64, 0_u64);
+        let (mut bytes, mut milli, mut huge) = (0_u64, 0_u64, 0_u64);
         for needs in all {
             bytes = bytes.saturating_add(needs.memory_bytes);
             milli = milli.saturating_add(needs.milli_cpus);
+            huge = huge.saturating_add(needs.huge_bytes);
         }
-        let mut extra = 0;
+        let mut needed = self.beside_huge_pages();
         if bytes > 0 {
-            let needed = round_up(bytes.saturating_add(self.overhead.bytes())).0;
-            // The guest takes memory two MiB at a time.
-            let most = self.most.memory.0.saturating_sub(self.boot.memory.0) & !1;
-            extra = needed.saturating_sub(self.boot.memory.0);
-            extra = extra.checked_next_multiple_of(2).unwrap_or(most).min(most);
+            needed = needed.max(round_up(bytes.saturating_add(self.overhead.bytes())).0);
         }
+        let needed = needed.saturating_add(round_up(huge).0);
+        // The guest takes memory two MiB at a time.
+        let most = self.most.memory.0.saturating_sub(self.boot.memory.0) & !1;
+        let extra = needed.saturating_sub(self.boot.memory.0);
+        let extra = extra.checked_next_multiple_of(2).unwrap_or(most).min(most);
         let vcpus = u8::try_from(milli.div_ceil(1000)).unwrap_or(MOST_VCPUS);
         VmSize {
             vcpus: vcpus.clamp(self.boot.vcpus, self.most.vcpus),
@@ -176,7 +197,10 @@ pub fn size(
             return Err(SizingError::MachineTooSmall { bytes });
         }
         Some(bytes) => round_up(bytes),
-        None => memory_of(spec, config, host)?,
+        None => {
+            let huge = round_up(huge_pages::bytes(spec)).0;
+            MiB(memory_of(spec, config, host)?.0.saturating_add(huge))
+        }
     };
     if memory.bytes() > host.memory_bytes {
         return Err(SizingError::HostTooSmall {
@@ -377,11 +401,12 @@ mod tests {
             vcpus: 1,
             memory: MiB(256),
         };
-        let bounds = Bounds::of(boot, &config, HOST);
+        let bounds = Bounds::of(boot, &Spec::default(), &config, HOST);
         let fitting = |all: &[(u64, u64)]| {
             let needs = all.iter().map(|(mib, milli_cpus)| Needs {
                 memory_bytes: mib << 20,
                 milli_cpus: *milli_cpus,
+                huge_bytes: 0,
             });
             let VmSize { vcpus, memory } = bounds.fitting(needs);
             (memory.0, vcpus)
@@ -397,6 +422,39 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_come_on_top_of_everything_else() {
+        let resources = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":67108864},{"pageSize":"1GB","limit":0}]}"#;
+        let boot = sized(resources, "null", HOST).unwrap();
+        assert_eq!(boot.memory, MiB(256 + 64));
+        let json = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+        let spec: Spec = serde_json::from_str(&json).unwrap();
+        let config = Config {
+            max_memory_mib: MiB(512),
+            ..Config::default()
+        };
+        let bounds = Bounds::of(boot, &spec, &config, HOST);
+        let fitting = |all: &[(u64, u64)]| {
+            let needs = all.iter().map(|(mib, huge_mib)| Needs {
+                memory_bytes: mib << 20,
+                milli_cpus: 0,
+                huge_bytes: huge_mib << 20,
+            });
+            bounds.fitting(needs).memory.0
+        };
+        assert_eq!(fitting(&[(0, 64)]), 320, "what it booted with");
+        assert_eq!(fitting(&[(0, 64), (0, 32)]), 352);
+        assert_eq!(
+            fitting(&[(0, 64), (192, 0)]),
+            320,
+            "256 MiB beside the pages"
+        );
+        assert_eq!(fitting(&[(0, 64), (256, 32)]), 320 + 96);
+        assert_eq!(fitting(&[(0, 64), (0, 500)]), 512);
+        assert_eq!(bounds.beyond(256 << 20), None);
+        assert_eq!(bounds.beyond(257 << 20), Some(MiB(513)));
+    }
+
+    #[test]
     fn the_most_is_the_hosts_where_nothing_else_is_configured() {
         let boot = VmSize {
             vcpus: 2,
@@ -407,7 +465,7 @@ mod tests {
             max_memory_mib: MiB(max_memory_mib),
             ..Config::default()
         };
-        let most = |config: &Config| Bounds::of(boot, config, HOST).most;
+        let most = |config: &Config| Bounds::of(boot, &Spec::default(), config, HOST).most;
         let size = |vcpus, memory| VmSize {
             vcpus,
             memory: MiB(memory),

@@ -12,7 +12,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
 use crate::{
     cgroup::{self, Limit},
-    guest_spec,
+    guest_spec, huge_pages,
     sizing::{Bounds, Needs, SMALLEST_LIMIT, VmSize},
 };
 
@@ -112,6 +112,7 @@ impl Limits {
             milli_cpus: cpus.map_or(0, |(quota, period)| {
                 quota.unsigned_abs().saturating_mul(1000).div_ceil(period)
             }),
+            huge_bytes: huge_pages::bytes_of(&self.resources),
         }
     }
 
@@ -132,6 +133,8 @@ impl Limits {
         guest_spec::remove_host_limits(&mut guest);
         // The guest's devices are what they were.
         guest.set_devices(None);
+        // As in runc. The pages are set aside already.
+        guest.set_hugepage_limits(None);
         Ok(Change {
             guest: serde_json::to_vec(&guest)?,
             asked: change,
@@ -215,6 +218,7 @@ mod tests {
             boot: size(1, 128),
             most: size(2, 256),
             overhead: MiB(64),
+            huge: MiB(0),
         };
         Limits::new(&serde_json::from_str(&spec).unwrap(), bounds)
     }
@@ -292,6 +296,7 @@ mod tests {
             let Needs {
                 memory_bytes,
                 milli_cpus,
+                huge_bytes: _,
             } = limits.needs();
             (memory_bytes, milli_cpus)
         };

@@ -1,92 +1,17 @@
 //! Block devices of the host in a container: disks of its virtual machine, plugged in for it and out again after it.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::fs;
 
-use caisson_tests::{Bundle, Case};
-use rustix::fs::{major, minor};
+use caisson_tests::{Case, Loop};
 use serde_json::json;
 
 use crate::members::{join, start_holder};
-
-/// How large the device is.
-const BYTES: u64 = 8 << 20;
-
-/// A block device of the host's on a file, until it is dropped.
-struct Loop {
-    device: PathBuf,
-    file: PathBuf,
-}
-
-impl Loop {
-    fn attach(case: &Case, name: &str) -> Self {
-        let file = case.dir().join(name);
-        let made = File::create(&file).expect("file");
-        made.set_len(BYTES).expect("size");
-        let shown = case.program("losetup").args(["-f", "--show"]);
-        let outcome = shown.args([&file]).succeed();
-        Self {
-            device: outcome.text().trim().into(),
-            file,
-        }
-    }
-
-    fn number(&self) -> (u32, u32) {
-        let about = fs::metadata(&self.device).expect("the device");
-        assert!(about.file_type().is_block_device());
-        (major(about.rdev()), minor(about.rdev()))
-    }
-
-    /// Gives the device to a container, with a rule of its own.
-    fn give(&self, bundle: Bundle, path: &str, access: &str) -> Bundle {
-        let (major, minor) = self.number();
-        bundle.edit(|spec| {
-            let linux = &mut spec["linux"];
-            let node = json!({"path": path, "type": "b", "major": major, "minor": minor,
-                "fileMode": 0o640, "uid": 7, "gid": 8});
-            let mut nodes = linux["devices"].as_array().cloned().unwrap_or_default();
-            nodes.push(node);
-            linux["devices"] = json!(nodes);
-            let rule = json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": access});
-            let rules = linux["resources"]["devices"].as_array_mut();
-            rules.expect("rules").push(rule);
-            for set in ["bounding", "effective", "permitted"] {
-                spec["process"]["capabilities"][set] = json!(["CAP_DAC_OVERRIDE", "CAP_MKNOD", "CAP_KILL"]);
-            }
-        })
-    }
-
-    /// What the host reads at `offset` of the device.
-    fn text(&self, offset: u64) -> String {
-        let mut bytes = [0; 5];
-        let device = File::open(&self.device).expect("the device");
-        device.read_exact_at(&mut bytes, offset).expect("read");
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    /// Whether the device still has its file: not, once it was detached and nobody has it open.
-    fn is_in_use(&self) -> bool {
-        let name = self.device.file_name().expect("a name");
-        let file = Path::new("/sys/block").join(name).join("loop/backing_file");
-        file.exists()
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let mut detach = std::process::Command::new("losetup");
-        // It may be done already.
-        let _ = detach.arg("-d").arg(&self.device).output();
-        let _ = fs::remove_file(&self.file);
-    }
-}
 
 #[test]
 fn what_a_container_writes_is_on_the_hosts_device_and_a_rule_can_forbid_it() {
     let case = Case::begin();
     let (disk, other) = (Loop::attach(&case, "disk"), Loop::attach(&case, "other"));
-    fs::write(&disk.device, "from the host").expect("write");
+    fs::write(disk.device(), "from the host").expect("write");
     // The kernel's own numbers in the container are its own affair: the node is what the rule allows.
     let script = "stat -c '%a %u %g %F' /dev/xvda; head -c 4 /dev/xvda; echo; blockdev --getsize64 /dev/xvda; \
         printf there | dd of=/dev/xvda bs=1 seek=1048576 conv=notrunc 2>/dev/null; \
@@ -96,7 +21,7 @@ fn what_a_container_writes_is_on_the_hosts_device_and_a_rule_can_forbid_it() {
     let bundle = disk.give(bundle, "/dev/again", "rwm");
     let bundle = other.give(bundle, "/dev/ro", "r");
     let outcome = case.run(&bundle);
-    let size = BYTES.to_string();
+    let size = Loop::BYTES.to_string();
     let ours = caisson_tests::case::runtime() == "caisson";
     // runc has the host's device, which the host itself may write.
     let read_only = if ours { "1" } else { "0" };
@@ -168,7 +93,7 @@ fn a_disk_is_plugged_into_a_running_machine_shared_and_unplugged() {
     // Detaching would wait for whoever has it open.
     case.program("losetup")
         .args(["-d"])
-        .args([&disk.device])
+        .args([disk.device()])
         .succeed();
     assert!(!disk.is_in_use());
     let again = Loop::attach(&case, "again");

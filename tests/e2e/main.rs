@@ -13,6 +13,7 @@ mod files;
 mod growth;
 mod guest_ends;
 mod host;
+mod huge_pages;
 mod isolation;
 mod kills;
 mod lifecycle;

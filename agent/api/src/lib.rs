@@ -53,6 +53,14 @@ pub const SHM_MOUNT: &str = "/run/caisson/shm";
 /// Where the directories are that stand for [volumes](Volume) in the guest.
 pub const VOLUMES_MOUNT: &str = "/run/caisson/volumes";
 
+/// Below it the agent mounts the [file systems of huge pages](HugePageVolume), each under its [name](huge_pages_name).
+pub const HUGE_PAGES_MOUNT: &str = "/dev/caisson-huge-pages";
+
+/// The name of the file system of huge pages that stands for a directory of the host.
+pub fn huge_pages_name(device: u64, inode: u64) -> String {
+    format!("{device}-{inode}")
+}
+
 /// Below it the agent makes a directory for the notify socket of each container that has one.
 pub const NOTIFY_DIRECTORY: &str = "/dev/caisson";
 

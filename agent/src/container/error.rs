@@ -4,6 +4,7 @@ use super::State;
 use crate::cgroup::CgroupError;
 use crate::disks::DiskError;
 use crate::guest::GuestError;
+use crate::huge_pages::HugePageError;
 use crate::network::NetworkError;
 use crate::plan::PlanError;
 use crate::process::ProcessError;
@@ -23,6 +24,8 @@ pub(crate) enum ContainerError {
     Network(#[from] NetworkError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    HugePages(#[from] HugePageError),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]

@@ -28,12 +28,13 @@ use crate::{
     disks::{self, Disk},
     forwarded::Signals,
     guest_spec::{self, HostFiles},
+    huge_pages::HugePages,
     identities::{self, Identities},
     log::Log,
     network::{Network, UserNetwork, resolver},
     packet::Packets,
     preserved,
-    sandbox::{Activation, Booting, CreateRequest, Step, Wanted},
+    sandbox::{Activation, Booting, CreateRequest, Wanted},
     share::{self, Share},
     shm,
     sizing::{self, Bounds, Host, VmSize},
@@ -89,7 +90,7 @@ fn check(order: &Order) -> Result<Checked, CreateError> {
     Ok(Checked {
         log,
         disks: disks::open_all(&bundle.spec)?,
-        bounds: Bounds::of(size, &config, host_has),
+        bounds: Bounds::of(size, &bundle.spec, &config, host_has),
         config,
         bundle,
         joins,
@@ -166,6 +167,7 @@ pub(super) async fn create(
     let shared_memory_bytes = shares_memory
         .then(|| shm::share(&mut guest, &mut host_files))
         .flatten();
+    let huge_pages = HugePages::take(&mut guest, &mut host_files);
     let supervisor = Supervisor::of(&spec, &bundle.path);
     let reached = match &supervisor {
         Some(supervisor) => Some(supervisor.reach().await?),
@@ -211,7 +213,7 @@ pub(super) async fn create(
         guest_spec::add_notify_socket(&mut guest, id);
     }
     let mut request = request(&guest, &bundle, &streams, shared_memory_bytes, order.notify)?;
-    request.disks = disks;
+    (request.disks, request.huge_pages) = (disks, huge_pages);
     let sandbox = match birth {
         Birth::Boots(booting) => unless_abandoned(report, booting.ready())
             .await??
@@ -239,10 +241,7 @@ pub(super) async fn create(
             request.network = network.whole();
             request.wanted.resolver = resolver::is_wanted(&spec);
         }
-        // A limit is no claim: a machine that cannot get so large is shared by those who are in it.
-        for step in [Step::Grow, Step::Settle] {
-            let _ = sandbox.fit(id, step, limits.needs()).await;
-        }
+        sandbox.admit(id, limits.needs()).await?;
         if let Some(reached) = reached {
             let subject = Subject {
                 state: &state,
@@ -369,7 +368,7 @@ impl Ground<'_> {
     }
 }
 
-/// What the guest is asked for; its network and its disks are added later.
+/// What the guest is asked for; its network, disks and huge pages are added later.
 fn request(
     guest: &Spec,
     bundle: &Bundle,
@@ -397,6 +396,7 @@ fn request(
         volumes: Vec::new(),
         holds: false,
         disks: Vec::new(),
+        huge_pages: HugePages::default(),
     })
 }
 

@@ -65,14 +65,31 @@ impl Growth {
         Needs {
             memory_bytes: or(needs.memory_bytes, before.memory_bytes),
             milli_cpus: or(needs.milli_cpus, before.milli_cpus),
+            huge_bytes: or(needs.huge_bytes, before.huge_bytes),
         }
     }
 
     /// The machine for these containers if `id` needs this.
     fn wanted(&self, id: &str, needs: Needs) -> VmSize {
-        let others = self.needs.iter().filter(|(other, _)| *other != id);
-        let others = others.map(|(_, needs)| *needs);
-        self.bounds.fitting(others.chain([needs]))
+        self.bounds.fitting(self.others(id).chain([needs]))
+    }
+
+    fn others(&self, id: &str) -> impl Iterator<Item = Needs> {
+        let others = self.needs.iter().filter(move |(other, _)| *other != id);
+        others.map(|(_, needs)| *needs)
+    }
+
+    /// Limits are no claims, and their sum may be more than a machine can have; huge pages are.
+    fn check(&self, id: &str, needs: Needs) -> Result<(), SandboxError> {
+        let others = self.others(id).map(|other| other.huge_bytes);
+        let huge_bytes = others.fold(needs.huge_bytes, u64::saturating_add);
+        match self.bounds.beyond(huge_bytes) {
+            Some(needed) if needs.huge_bytes > 0 => Err(SandboxError::HugePages {
+                needed: needed.0,
+                most: self.bounds.most.memory.0,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// A container is gone.
@@ -97,6 +114,7 @@ impl Growth {
         match step {
             Step::Look => return Ok(enough),
             Step::Grow => {
+                self.check(id, needs)?;
                 let before = self.now;
                 if let Err(error) = self.grow(sandbox, enough).await {
                     // As far as the guest lets it; the error that led here is the one to report.
@@ -202,11 +220,13 @@ mod tests {
         let needs = |mib: u64, milli_cpus| Needs {
             memory_bytes: mib << 20,
             milli_cpus,
+            huge_bytes: 0,
         };
         let mut growth = Growth::new(Bounds {
             boot: size(1, 256),
             most: size(4, 2048),
             overhead: MiB(64),
+            huge: MiB(0),
         });
         assert_eq!(growth.wanted("a", needs(0, 0)), size(1, 256));
         growth.needs.insert("a".into(), needs(512, 1500));
@@ -214,6 +234,18 @@ mod tests {
         assert_eq!(growth.kept("b", needs(0, 900)), needs(0, 900));
         assert_eq!(growth.wanted("b", needs(100, 600)), size(3, 676));
         assert_eq!(growth.wanted("a", needs(100, 600)), size(1, 256));
+        let huge = |mib: u64| Needs {
+            huge_bytes: mib << 20,
+            ..Needs::default()
+        };
+        growth.needs.insert("b".into(), huge(1000));
+        growth.check("c", huge(792)).unwrap();
+        let error = growth.check("c", huge(793)).unwrap_err().to_string();
+        assert!(
+            error.contains("2049 MiB of memory and may have 2048"),
+            "{error}"
+        );
+        growth.check("c", needs(4000, 0)).unwrap();
         growth.forget("a");
         assert_eq!(growth.kept("a", needs(0, 0)), needs(0, 0));
     }

@@ -23,7 +23,7 @@ pub(super) type Busy = Arc<()>;
 pub(super) enum Message {
     Create {
         id: String,
-        request: CreateRequest,
+        request: Box<CreateRequest>,
         reply: Reply<Started>,
     },
     Start {

@@ -36,6 +36,7 @@ use crate::{
     agent::AgentError,
     control::ControlError,
     disks::{Disk, Number},
+    huge_pages::HugePages,
     network::Plug,
     process_table::{Table, TableError},
     sizing::{Needs, VmSize},
@@ -80,6 +81,16 @@ pub enum SandboxError {
     /// It is offered memory and does not take it.
     #[error("grow the virtual machine: the guest did not take {0} MiB of memory")]
     NotTaken(u32),
+    /// More huge pages than fit into it.
+    #[error(
+        "reserve huge pages: the virtual machine would need {needed} MiB of memory and may have {most} (max_memory_mib)"
+    )]
+    HugePages {
+        /// With all pages, in MiB.
+        needed: u32,
+        /// At most, in MiB.
+        most: u32,
+    },
     /// The VMM cannot use a network interface: its words.
     #[error("plug a network interface in: {0}")]
     Plug(String),
@@ -193,6 +204,8 @@ pub struct CreateRequest {
     pub seccomp: Option<Handover>,
     /// Those of its bind mounts that change as the kubelet's do.
     pub volumes: Vec<Volume>,
+    /// Its huge pages.
+    pub huge_pages: HugePages,
     /// Its init runs no program and is never started: it holds namespaces for the sandbox's other containers.
     pub holds: bool,
     /// Block devices of the host.
@@ -236,11 +249,31 @@ impl Sandbox {
         self.ask(|reply| Message::Fit { step, needs, reply }).await
     }
 
+    /// Makes room for a container that is to be created. Only huge pages must have it: a limit is no claim, and a machine
+    /// that cannot get so large is shared by those who are in it.
+    pub async fn admit(&self, id: &str, needs: Needs) -> Result<(), SandboxError> {
+        for step in [Step::Grow, Step::Settle] {
+            let fitted = self.fit(id, step, needs).await;
+            if needs.huge_bytes > 0 {
+                fitted?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets a container up as far as its parked init.
     pub async fn create(&self, id: &str, request: CreateRequest) -> Result<Started, SandboxError> {
-        let id = id.to_owned();
-        self.ask(|reply| Message::Create { id, request, reply })
-            .await
+        let name = id.to_owned();
+        let ask = |reply| Message::Create {
+            id: name,
+            request: Box::new(request),
+            reply,
+        };
+        let created = self.ask(ask).await;
+        if let (Err(_), Some(growth)) = (&created, &self.growth) {
+            growth.lock().await.forget(id);
+        }
+        created
     }
 
     /// Lets a container's init go on; answers after its `execve`.

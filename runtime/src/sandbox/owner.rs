@@ -177,7 +177,7 @@ impl Owner {
     async fn handle(&mut self, message: Message, vmm: &Vmm) {
         match message {
             Message::Create { id, request, reply } => {
-                self.create(id, request, reply, vmm).await;
+                self.create(id, *request, reply, vmm).await;
             }
             Message::Start { id, reply } => {
                 let agent = self.agent.clone();
@@ -505,6 +505,7 @@ fn asked(id: &str, request: CreateRequest, disks: Vec<api::Disk>) -> CreateConta
         notify: request.activation.notify,
         volumes: request.volumes,
         holds: request.holds,
+        huge_pages: request.huge_pages.asked().into(),
         ..Default::default()
     }
 }

@@ -34,6 +34,7 @@ use crate::{
     agent::{AgentError, RefusalKind},
     control::{Answer, ControlError, Request, attached, connect, read_attached},
     disks::{About, Disk},
+    huge_pages::HugePages,
     packet::{self, Packets},
     process_table::Table,
     sizing::{Needs, VmSize},
@@ -63,6 +64,8 @@ pub enum Question {
         seccomp: bool,
         /// Its disks; attached: their devices, behind the specification.
         disks: Vec<About>,
+        /// Its huge pages.
+        huge_pages: HugePages,
     },
     /// Let its init go on.
     Start,
@@ -234,7 +237,8 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 volumes: _,
                 holds: _,
                 disks,
-            } = request;
+                huge_pages,
+            } = *request;
             if !activation.listening.is_empty() {
                 let _ = reply.send(Err(SandboxError::NotHere("take listening sockets over")));
                 return;
@@ -246,6 +250,7 @@ async fn forward(holder: &std::path::Path, id: &str, message: Message) {
                 notify: activation.notify,
                 seccomp: seccomp.is_some(),
                 disks: disks.iter().map(|disk| disk.about).collect(),
+                huge_pages,
             };
             let told = ask_with(holder, id, question, Some(spec), seccomp, &disks).await;
             answer(reply, told, |told| started(told, wanted));

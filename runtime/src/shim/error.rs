@@ -150,6 +150,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Table(_)
         | SandboxError::Growth(_)
         | SandboxError::NotTaken(_)
+        | SandboxError::HugePages { .. }
         | SandboxError::Plug(_)
         | SandboxError::NoSlot(_)
         | SandboxError::ReadOnly(_)

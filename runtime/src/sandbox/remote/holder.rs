@@ -33,6 +33,7 @@ pub async fn carry_out(
             notify,
             seccomp,
             disks: about,
+            huge_pages,
         } => match split_off(&mut fds, &about)
             .and_then(|disks| Ok((attachments(&mut fds, seccomp)?, disks)))
         {
@@ -51,6 +52,7 @@ pub async fn carry_out(
                     volumes: Vec::new(),
                     holds: false,
                     disks,
+                    huge_pages,
                 };
                 keep(&mut streams, sandbox.create(id, request).await)
             }

@@ -72,6 +72,21 @@ impl Pod {
         self.host_cgroup().map_or(Ok(()), HostCgroup::remove)
     }
 
+    /// Lets the cgroup hold the machine with a member's huge pages, which the sandbox's limit does not count.
+    async fn make_room(&self, wanted: &Wanted) {
+        let needs = Limits::new(&wanted.bundle.spec, self.bounds).needs();
+        if needs.huge_bytes > 0
+            && let Some(cgroup) = self.host_cgroup()
+            && let Ok(size) = self
+                .sandbox
+                .fit(wanted.id.as_str(), Step::Look, needs)
+                .await
+        {
+            // If it does not get larger the machine has what it had, and whoever uses more ends.
+            let _ = cgroup.make_room(size);
+        }
+    }
+
     pub(super) fn host_cgroup(&self) -> Option<HostCgroup> {
         let path = self.cgroup.clone()?;
         Some(HostCgroup::at(path, self.unit.clone()))
@@ -115,13 +130,6 @@ impl Tasks {
         // A start that cannot be traced is a start.
         let _ = trace.append(Path::new(&request.bundle));
         let limits = Limits::new(&wanted.bundle.spec, pod.bounds);
-        // A limit is no claim: a machine that cannot get so large is shared by those who are in it.
-        for step in [Step::Grow, Step::Settle] {
-            let _ = pod
-                .sandbox
-                .fit(wanted.id.as_str(), step, limits.needs())
-                .await;
-        }
         let container = Container::new(
             request.bundle.clone(),
             pod.sandbox.clone(),
@@ -149,7 +157,7 @@ impl Tasks {
         };
         let host_has = Host::detect();
         let size = sizing::size(&sized, bundle.vm.as_ref(), config, host_has)?;
-        let bounds = Bounds::of(size, config, host_has);
+        let bounds = Bounds::of(size, &sized, config, host_has);
         let lock = locked(&bundle.path)?;
         let cgroup = wanted.cgroup(&sized, size)?;
         trace.mark(Who::Holder, "make the cgroup");
@@ -192,6 +200,7 @@ impl Tasks {
             sandbox: &sandbox,
             share: &share,
             volumes: &volumes,
+            bounds,
         };
         match wanted.set_up(init, place, part, streams).await {
             Ok(Created { flowing, guest_pid }) => {
@@ -252,11 +261,13 @@ impl Tasks {
         let shared = pod.share.add(id.as_str(), &part.files);
         let created = async {
             shared?;
+            pod.make_room(wanted).await;
             let streams = wanted.paths.open(&self.namespace, id.as_str())?;
             let place = Place {
                 sandbox: &pod.sandbox,
                 share: &pod.share,
                 volumes: &pod.volumes,
+                bounds: pod.bounds,
             };
             wanted.set_up(init, place, part, streams).await
         };

@@ -12,6 +12,7 @@ use crate::{
     config::Config,
     disks::{self, Disk},
     guest_spec::{self, HostFiles},
+    huge_pages::HugePages,
     monitor::HostHooks,
     network::Connections,
     rootless::Rootless,
@@ -27,9 +28,10 @@ use crate::{
         stdio::{Files, Flowing, Paths},
         ticket::Ticket,
     },
-    sizing::VmSize,
+    sizing::{Bounds, VmSize},
     state::{ContainerId, State, Status},
     supervision::Supervisor,
+    update::Limits,
     volumes::{self, Follower},
 };
 
@@ -57,6 +59,7 @@ pub(super) struct Part {
     pub(super) network: Connections,
     /// Open.
     pub(super) disks: Vec<Disk>,
+    pub(super) huge_pages: HugePages,
 }
 
 /// Where a container is made.
@@ -65,6 +68,7 @@ pub(super) struct Place<'a> {
     pub(super) sandbox: &'a Sandbox,
     pub(super) share: &'a Share,
     pub(super) volumes: &'a Follower,
+    pub(super) bounds: Bounds,
 }
 
 /// A container that the guest has created.
@@ -163,9 +167,11 @@ impl Wanted {
                 pod::share_memory(&mut guest, &mut files, rootfs::size_of)
             }
         };
+        let huge_pages = HugePages::take(&mut guest, &mut files);
         Ok(Part {
             guest,
             files,
+            huge_pages,
             shared_memory_bytes,
             network: Connections::default(),
             disks: disks::open_all(&self.bundle.spec)?,
@@ -202,6 +208,7 @@ impl Wanted {
             sandbox,
             share,
             volumes,
+            bounds,
         }: Place<'_>,
         Part {
             guest,
@@ -209,11 +216,14 @@ impl Wanted {
             shared_memory_bytes,
             network,
             disks,
+            huge_pages,
         }: Part,
         mut streams: Files,
     ) -> Result<Created, TaskError> {
         self.hooks.before_creation().await?;
         let id = self.id.as_str();
+        let limits = Limits::new(&self.bundle.spec, bounds);
+        sandbox.admit(id, limits.needs()).await?;
         let found = volumes.find(share, id, &files);
         let request = CreateRequest {
             spec: serde_json::to_vec(&guest).map_err(TaskError::Spec)?,
@@ -232,6 +242,7 @@ impl Wanted {
             volumes: volumes::listings(&found),
             holds: self.holds,
             disks,
+            huge_pages,
         };
         let started = sandbox.create(id, request).await?;
         volumes.follow(id, found);
