@@ -108,9 +108,19 @@ demo: build lab ## Run a real container: a Debian root file system, Python, SQLi
 	$(IN_LAB) tests/demo/run target/demo/rootfs $(GUEST)
 	$(if $(HAVE_VM),,$(LAB) down)
 
+# Where instructions are counted, nothing runs in parallel: 20 pods at once take long.
+ICOUNT := LAB_STATE=target/lab/icount $(LAB) run --icount
+BENCH_PODS ?= 20
 .PHONY: bench
-bench: build lab ## Count what a container costs, beside runc, crun and QEMU microvm
-	LAB_STATE=target/lab/icount $(LAB) run --icount -- env LAB_ICOUNT=1 $(CURDIR)/$(RELEASE)/bench
+bench: build lab bench-pods ## Count what containers and pods cost, beside runc, crun and QEMU microvm
+	$(ICOUNT) -- env LAB_ICOUNT=1 $(CURDIR)/$(RELEASE)/bench
+
+.PHONY: bench-pods
+bench-pods: build lab ## Count what pods cost under containerd's CRI, one by one and BENCH_PODS at once
+	cargo test --release -p caisson-containerd-tests --test containerd --no-run
+	program=$$(ls -t $(CURDIR)/$(RELEASE)/deps/containerd-* | grep -v '\.d$$' | head -n 1); \
+	$(ICOUNT) --image systemd -e CAISSON_TEST_PODS=$(BENCH_PODS) -- \
+	  $(CURDIR)/tests/containerd/bench "$$program" $(CURDIR)/$(RELEASE) $(CURDIR)/$(GUEST)
 
 .PHONY: documents
 documents: deps ## Write the manual pages and the shells' completions

@@ -20,7 +20,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::process::ExitCode;
 
+use caisson_tests::ruler::{Trace, millions};
 use subject::Subject;
+use trace::Marks;
 
 /// Runs before the counted one: page cache, dentries, the file server's handles.
 const WARM_UPS: u32 = 2;
@@ -43,12 +45,12 @@ fn bench() -> io::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some("files") => return files::report(&place, &arguments[1..]),
-        Some("network") => return network::report(&place, &trace::Trace::open()?),
+        Some("network") => return network::report(&place, &Trace::open()?),
         Some("steps") => return steps::report(&place),
         Some("cold") => return cold(&place, arguments.get(1)),
         _ => {}
     }
-    let trace = trace::Trace::open()?;
+    let trace = Trace::open()?;
     if std::env::var_os("LAB_ICOUNT").is_none() {
         println!("(not counting instructions: the figures are nanoseconds of an emulated machine)");
     }
@@ -69,7 +71,7 @@ fn bench() -> io::Result<()> {
 /// Prints each of some cold starts of caisson: one that differs from the others shows by what.
 fn cold(place: &subject::Place, runs: Option<&String>) -> io::Result<()> {
     let runs: u32 = runs.map_or(Ok(COLD_RUNS), |runs| runs.parse().map_err(io::Error::other))?;
-    let trace = trace::Trace::open()?;
+    let trace = Trace::open()?;
     for number in 1..=runs {
         let mut nanos = 0;
         let reasons = trace.exits_by_reason(|| {
@@ -96,7 +98,7 @@ fn listed(reasons: &BTreeMap<String, u64>) -> String {
 }
 
 /// Runs a subject and prints its row of the table.
-fn row(subject: Subject, place: &subject::Place, trace: &trace::Trace) -> io::Result<()> {
+fn row(subject: Subject, place: &subject::Place, trace: &Trace) -> io::Result<()> {
     for _ in 0..WARM_UPS {
         subject.run(place, &[])?;
     }
@@ -114,9 +116,11 @@ fn row(subject: Subject, place: &subject::Place, trace: &trace::Trace) -> io::Re
 }
 
 /// Prints where caisson's instructions and exits go.
-fn phases(place: &subject::Place, trace: &trace::Trace) -> io::Result<()> {
+fn phases(place: &subject::Place, trace: &Trace) -> io::Result<()> {
     let entry = place.kernel_entry()?;
-    let marks = trace.marks(entry, || Subject::Caisson.run(place, &["echo", "on"]))?;
+    let marks = Marks::of(trace, entry, || {
+        Subject::Caisson.run(place, &["echo", "on"])
+    })?;
     println!("\n| phase of `caisson run` (busybox `echo`) | M instructions |\n|---|---|");
     for (name, nanos) in marks.phases() {
         println!("| {name} | {} |", millions(nanos));
@@ -125,10 +129,4 @@ fn phases(place: &subject::Place, trace: &trace::Trace) -> io::Result<()> {
         trace.exits_by_reason(|| Subject::Caisson.run(place, &[]).map(drop))?;
     println!("\nVM exits by reason: {}", listed(&reasons));
     Ok(())
-}
-
-/// Millions with one digit.
-fn millions(count: u64) -> String {
-    let tenths = count / 100_000;
-    format!("{}.{}", tenths / 10, tenths % 10)
 }

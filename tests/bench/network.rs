@@ -10,10 +10,10 @@ use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use caisson_tests::ruler::{Trace, now};
 use serde_json::json;
 
-use crate::subject::{Place, Subject, now, program_on_path};
-use crate::trace::Trace;
+use crate::subject::{Place, Subject, program_on_path};
 
 const NAMESPACE: &str = "caisson-bench";
 const ADDRESS: &str = "10.79.0.2:7777";

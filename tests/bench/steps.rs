@@ -3,8 +3,9 @@
 use std::io;
 use std::process::Stdio;
 
-use crate::millions;
-use crate::subject::{Place, Subject, now};
+use caisson_tests::ruler::{millions, now};
+
+use crate::subject::{Place, Subject};
 
 /// Name of the measured container.
 const ID: &str = "steps";

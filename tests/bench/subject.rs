@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use caisson_tests::ruler::now;
 use serde_json::{Value, json};
 
 use crate::virtiofs;
@@ -339,13 +339,6 @@ impl Place {
             .map(|bytes| u64::from(u32::from_le_bytes(*bytes)))
             .ok_or_else(|| io::Error::other("the guest kernel has no PVH note"))
     }
-}
-
-/// The monotonic clock in nanoseconds; under `--icount`, instructions since the lab was started.
-pub(crate) fn now() -> u64 {
-    let time = clock_gettime(ClockId::Monotonic);
-    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000
-        + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
 /// The program of this name that a shell would start.

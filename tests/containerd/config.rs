@@ -43,9 +43,10 @@ pub(crate) fn sandboxer() -> Option<String> {
 /// What every test's containerd is told, with tables of its own in `last`.
 pub(crate) fn common(dir: &Path, first: &str, last: &str) -> String {
     let version = if is_second() { 3 } else { 2 };
+    let level = std::env::var("CAISSON_TEST_LOG").unwrap_or_else(|_| "debug".to_owned());
     format!(
         "version = {version}\nroot = {:?}\nstate = {:?}\n{first}\
-         [grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{last}",
+         [grpc]\naddress = {:?}\n[debug]\nlevel = {level:?}\n{last}",
         dir.join("containerd"),
         dir.join("state"),
         dir.join("containerd.sock"),

@@ -18,7 +18,7 @@ const IN_GUEST_MIB: u64 = 64;
 const GUEST_MAPPING_KIB: u64 = 32 << 10;
 
 /// A process's proportional set size but for the guest's memory, in KiB.
-fn own_pss(pid: i32) -> u64 {
+pub(crate) fn own_pss(pid: i32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
     let mut size = 0;
     let mut sum = 0;

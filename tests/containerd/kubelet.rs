@@ -315,28 +315,9 @@ impl Pod<'_> {
         }
     }
 
-    /// Creates a container.
-    pub(crate) fn create(&self, config: ContainerConfig) -> Result<String, Status> {
-        let request = CreateContainerRequest {
-            pod_sandbox_id: self.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(self.config.clone()),
-        };
-        let cri = &self.kubelet.cri;
-        Ok(cri
-            .answer(cri.runtime().create_container(request))?
-            .container_id)
-    }
-
     /// Creates and starts a container; what starts it says why not.
     pub(crate) fn try_run(&self, config: ContainerConfig) -> Result<String, Status> {
-        let id = self.create(config)?;
-        let request = StartContainerRequest {
-            container_id: id.clone(),
-        };
-        let cri = &self.kubelet.cri;
-        cri.answer(cri.runtime().start_container(request))?;
-        Ok(id)
+        run_in(&self.kubelet.cri, &self.id, &self.config, config)
     }
 
     /// Creates and starts a container.
@@ -412,6 +393,27 @@ pub(crate) fn run(cri: &Cri, config: PodSandboxConfig) -> Result<String, Status>
     };
     let ran = cri.answer(cri.runtime().run_pod_sandbox(request))?;
     Ok(ran.pod_sandbox_id)
+}
+
+/// Creates and starts a container in a pod and answers with its name.
+pub(crate) fn run_in(
+    cri: &Cri,
+    pod: &str,
+    sandbox: &PodSandboxConfig,
+    config: ContainerConfig,
+) -> Result<String, Status> {
+    let request = CreateContainerRequest {
+        pod_sandbox_id: pod.to_owned(),
+        config: Some(config),
+        sandbox_config: Some(sandbox.clone()),
+    };
+    let created = cri.answer(cri.runtime().create_container(request))?;
+    let container_id = created.container_id;
+    let request = StartContainerRequest {
+        container_id: container_id.clone(),
+    };
+    cri.answer(cri.runtime().start_container(request))?;
+    Ok(container_id)
 }
 
 /// Stops and removes a pod.

@@ -11,6 +11,7 @@ mod bootstrap;
 mod census;
 mod config;
 mod cri;
+mod cri_costs;
 mod cri_deaths;
 mod cri_many;
 mod cri_overhead;

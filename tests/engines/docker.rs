@@ -31,10 +31,7 @@ services:
     let compose = |name: &str, args: &[&str]| {
         let call = Call::new("docker-compose", &engine.dir().join(name)).args(["--no-ansi"]);
         let patient = call.env("COMPOSE_HTTP_TIMEOUT", "300");
-        patient
-            .args(args)
-            .dir(&dir)
-            .limit(3 * crate::engine::LIMIT)
+        patient.args(args).dir(&dir).limit(3 * crate::engine::LIMIT)
     };
     compose("up", &["up", "-d"]).succeed();
     engine.wait_for("project_web_1", "ready");

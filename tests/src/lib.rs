@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod loop_device;
 pub mod mount;
 pub mod published;
+pub mod ruler;
 pub mod supervisor;
 pub mod terminal;
 
