@@ -77,6 +77,25 @@ impl Trace {
         self.at(who, what, now_ns());
     }
 
+    /// A step has ended just now whose inner steps another process has read the clock for, as far as it came. Their
+    /// readings are put in order, after the step before and before now: what that process says is not relied on.
+    pub fn mark_between(
+        &mut self,
+        who: Who,
+        inner: &[(&'static str, Option<u64>)],
+        last: &'static str,
+    ) {
+        let now = now_ns();
+        let mut from = self.0.last().map_or(now, |mark| mark.at_ns);
+        for (what, at_ns) in inner {
+            if let Some(at_ns) = at_ns {
+                from = (*at_ns).min(now).max(from);
+                self.at(who, what, from);
+            }
+        }
+        self.at(who, last, now.max(from));
+    }
+
     fn at(&mut self, who: Who, what: &'static str, at_ns: u64) {
         self.0.push(Mark {
             who,
@@ -165,6 +184,28 @@ mod tests {
         trace.mark(Who::Holder, "a");
         trace.mark(Who::Holder, "b");
         assert!(trace.0.is_sorted_by_key(|mark| mark.at_ns));
+    }
+
+    #[test]
+    fn inner_steps_stay_inside_whatever_their_readings_say() {
+        let mut trace = Trace::default();
+        trace.at(Who::Holder, "before", 1000);
+        let inner = [
+            ("early", Some(1)),
+            ("missing", None),
+            ("fits", Some(2000)),
+            ("goes back", Some(1500)),
+            ("late", Some(u64::MAX)),
+        ];
+        trace.mark_between(Who::Machine, &inner, "last");
+        let told: Vec<_> = trace.0.iter().map(|mark| mark.what.as_ref()).collect();
+        assert_eq!(
+            told,
+            ["before", "early", "fits", "goes back", "late", "last"]
+        );
+        assert!(trace.0.is_sorted_by_key(|mark| mark.at_ns));
+        assert_eq!(trace.0[2].at_ns, 2000);
+        assert!(trace.0[4].at_ns <= now_ns());
     }
 
     #[test]

@@ -93,8 +93,16 @@ fn every_sandbox_of_the_host_is_listed_and_counted() {
         ] {
             assert!(picture.text().contains(step), "{}", picture.text());
         }
-        let boots = picture.text().contains("boot until the agent dials");
-        assert_eq!(boots, first, "{id}: {}", picture.text());
+        for step in [
+            "load the VMM",
+            "build the machine",
+            "kernel, up to its drivers",
+            "kernel, up to the agent's mounts",
+            "agent, until it dials",
+        ] {
+            let boots = picture.text().contains(step);
+            assert_eq!(boots, first, "{id}, {step}: {}", picture.text());
+        }
         let events = case.call(["trace", "--format", "chrome", id]).succeed();
         let events: Value = serde_json::from_slice(&events.stdout).expect("JSON");
         let steps = events["traceEvents"].as_array().expect("events").iter();

@@ -95,7 +95,7 @@ fn main() -> Result<ExitCode> {
     let mut child = files.spawn(vmm, &spec)?;
     while let Some((event, socket)) = receive(&ours)? {
         match (event, socket) {
-            (Event::Accepted { port }, Some(socket)) => {
+            (Event::Accepted { port, .. }, Some(socket)) => {
                 println!("{:?} accepted port {port}", start.elapsed());
                 if options.iter().any(|option| option == "pause") {
                     send(

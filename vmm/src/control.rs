@@ -199,7 +199,13 @@ mod tests {
         let (control, owner) = pair();
         let (reader, writer) = io::pipe().unwrap();
         control
-            .send(&Event::Accepted { port: 9 }, Some(writer.as_fd()))
+            .send(
+                &Event::Accepted {
+                    port: 9,
+                    boot: None,
+                },
+                Some(writer.as_fd()),
+            )
             .unwrap();
         drop(writer);
         let owner = Control::new(owner);

@@ -18,4 +18,5 @@ pub mod fuzzing;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod milestones;
 pub mod virtio;

@@ -215,12 +215,13 @@ pub(super) async fn create(
     let mut request = request(&guest, &bundle, &streams, shared_memory_bytes, order.notify)?;
     (request.disks, request.huge_pages) = (disks, huge_pages);
     let sandbox = match birth {
-        Birth::Boots(booting) => unless_abandoned(report, booting.ready())
-            .await??
-            .spawn(bounds),
+        Birth::Boots(booting) => {
+            let ready = unless_abandoned(report, booting.ready()).await??;
+            ready.note(&mut trace);
+            ready.spawn(bounds)
+        }
         Birth::Joined(joined) => joined.sandbox,
     };
-    trace.mark(Who::Machine, "boot until the agent dials");
     let inside = joining.map(Joining::finish).transpose()?;
     let log = log.map(|log| Arc::new(log.about(id, &membership::sandbox(&holder))));
     let following = Follower::new(&sandbox, complain(log.clone()));

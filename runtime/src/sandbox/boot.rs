@@ -6,7 +6,7 @@
 use std::{os::fd::OwnedFd, time::Duration};
 
 use caisson_agent_api::CONTROL_PORT;
-use caisson_vmm_spec::Event;
+use caisson_vmm_spec::{BootTimes, Event};
 use tokio::net::UnixStream;
 
 use super::{Sandbox, owner};
@@ -14,6 +14,7 @@ use crate::{
     agent::Agent,
     sizing::Bounds,
     slots::Slots,
+    trace::{Trace, Who},
     vmm::{Ended, Machine, Vmm, VmmError},
 };
 
@@ -46,6 +47,7 @@ pub struct Ready {
     vmm: Vmm,
     agent: Agent,
     slots: Slots,
+    times: BootTimes,
 }
 
 impl Booting {
@@ -61,12 +63,19 @@ impl Booting {
     pub async fn ready(self) -> Result<Ready, BootError> {
         loop {
             match self.vmm.event().await? {
-                Some((Event::Accepted { port: CONTROL_PORT }, Some(stream))) => {
+                Some((
+                    Event::Accepted {
+                        port: CONTROL_PORT,
+                        boot,
+                    },
+                    Some(stream),
+                )) => {
                     let agent = connection(stream).map_err(BootError::Connection)?;
                     return Ok(Ready {
                         vmm: self.vmm,
                         agent,
                         slots: self.slots,
+                        times: boot.unwrap_or_default(),
                     });
                 }
                 Some((
@@ -89,6 +98,23 @@ impl Booting {
 }
 
 impl Ready {
+    /// Notes the steps of the boot, the last of which has just ended.
+    pub fn note(&self, trace: &mut Trace) {
+        let BootTimes {
+            began_ns,
+            entered_ns,
+            drivers_ns,
+            mounted_ns,
+        } = self.times;
+        let inner = [
+            ("load the VMM", began_ns),
+            ("build the machine", entered_ns),
+            ("kernel, up to its drivers", drivers_ns),
+            ("kernel, up to the agent's mounts", mounted_ns),
+        ];
+        trace.mark_between(Who::Machine, &inner, "agent, until it dials");
+    }
+
     /// Hands the virtual machine to its owner, a task of the current runtime.
     pub fn spawn(self, bounds: Bounds) -> Sandbox {
         owner::spawn(self.vmm, self.agent, self.slots, bounds)

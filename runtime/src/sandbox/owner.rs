@@ -135,7 +135,7 @@ impl Owner {
             tokio::select! {
                 biased;
                 event = vmm.event() => match event {
-                    Ok(Some((VmEvent::Accepted { port }, Some(stream)))) => {
+                    Ok(Some((VmEvent::Accepted { port, .. }, Some(stream)))) => {
                         self.ports.arrive(port, stream);
                     }
                     Ok(Some((event @ (VmEvent::Plugged { slot } | VmEvent::Unplugged { slot }

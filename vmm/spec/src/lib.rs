@@ -245,6 +245,20 @@ pub enum Request {
     Stop,
 }
 
+/// When a boot got how far: readings of `CLOCK_MONOTONIC` in nanoseconds. What has not been passed is left out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootTimes {
+    /// The VMM's first act.
+    pub began_ns: Option<u64>,
+    /// The guest's first instruction.
+    pub entered_ns: Option<u64>,
+    /// The guest's kernel drives its first share: it has come to its drivers.
+    pub drivers_ns: Option<u64>,
+    /// The guest's first request to a share: somebody mounts it.
+    pub mounted_ns: Option<u64>,
+}
+
 /// What a VMM tells the owner of the sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case", deny_unknown_fields)]
@@ -254,6 +268,9 @@ pub enum Event {
     Accepted {
         /// The host's port that the guest named.
         port: u32,
+        /// Told with the guest's first connection.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        boot: Option<BootTimes>,
     },
     /// The interface or disk is there.
     Plugged {

@@ -32,6 +32,7 @@ use crate::kvm::ioapic::{IoApic, Message};
 use crate::kvm::vcpu::{Surroundings, Vcpus};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::{self, MemoryError};
+use crate::milestones::Milestones;
 use bays::Bays;
 use files::Files;
 use rack::{OwnerLink, Rack};
@@ -122,12 +123,13 @@ impl Router for Wiring {
 
 /// Runs the VM that the inherited spec describes to its end; the process's exit status.
 pub fn run() -> u8 {
+    let milestones = Milestones::begin();
     let mut inherited = Inherited::default();
     let (spec, control) = match read_spec(&mut inherited) {
         Ok((spec, control)) => (spec, Arc::new(control)),
         Err(error) => return finish(None, &setup_failed(&error), Vec::new()),
     };
-    match start(&spec, &mut inherited, &control) {
+    match start(&spec, &mut inherited, &control, milestones) {
         Err(error) => finish(Some(&control), &setup_failed(&error), Vec::new()),
         Ok(mut machine) => {
             let end = machine.serve(&control);
@@ -157,6 +159,7 @@ fn start(
     spec: &VmSpec,
     inherited: &mut Inherited,
     control: &Arc<Control>,
+    milestones: Milestones,
 ) -> Result<Machine, SetupError> {
     if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
         return Err(SetupError::Value("vcpus must be 1 to 32"));
@@ -166,7 +169,7 @@ fn start(
     let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
     let counters = Counters::default();
     let tail = SharedTail::default();
-    let link = Arc::new(OwnerLink::new(control.clone()));
+    let link = Arc::new(OwnerLink::new(control.clone(), milestones));
 
     let mem = memory::map(&spec.memory)?;
     let vm = Arc::new(Vm::new(fds::kvm(files.kvm), &mem)?);
@@ -174,7 +177,7 @@ fn start(
 
     let mut rack = Rack::new(&vm, &mem, &ending, &counters, files.devices.count())?;
     let (dials, growth) = rack.add_common(&link)?;
-    let ports = rack.add_configured(files.devices)?;
+    let ports = rack.add_configured(files.devices, &link.milestones)?;
     let devices = rack.start()?;
 
     let mut interrupts = rack::interrupts(devices.len());
@@ -208,6 +211,7 @@ fn start(
         ending: ending.clone(),
         tail: tail.clone(),
     };
+    link.milestones.entered();
     let vcpus =
         Vcpus::start(vcpus, surroundings, &counters).map_err(host("start the vCPU threads"))?;
     let boot_deadline =

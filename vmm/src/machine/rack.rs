@@ -30,6 +30,7 @@ use crate::devices::vsock::{Dials, Vsock};
 use crate::ending::Ending;
 use crate::kvm::Vm;
 use crate::memory::Mem;
+use crate::milestones::Milestones;
 use crate::virtio::transport::{Doorbells, Link, Transport};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Device, Page};
@@ -56,14 +57,17 @@ pub(super) fn interrupts(count: usize) -> Vec<u8> {
 pub(super) struct OwnerLink {
     control: Arc<Control>,
     booted: AtomicBool,
+    /// Of this boot.
+    pub(super) milestones: Milestones,
 }
 
 impl OwnerLink {
-    /// Over this socket.
-    pub(super) fn new(control: Arc<Control>) -> Self {
+    /// Over this socket, for the boot with these milestones.
+    pub(super) fn new(control: Arc<Control>, milestones: Milestones) -> Self {
         Self {
             control,
             booted: AtomicBool::new(false),
+            milestones,
         }
     }
 
@@ -85,9 +89,10 @@ impl OwnerLink {
 
 impl Owner for Arc<OwnerLink> {
     fn accepted(&self, port: u32, socket: UnixStream) -> io::Result<()> {
-        self.booted.store(true, Ordering::Release);
+        let is_first = !self.booted.swap(true, Ordering::AcqRel);
+        let boot = is_first.then(|| self.milestones.times());
         self.control.send(
-            &Event::Accepted { port },
+            &Event::Accepted { port, boot },
             Some(std::os::fd::AsFd::as_fd(&socket)),
         )
     }
@@ -162,6 +167,7 @@ impl<'a> Rack<'a> {
     pub(super) fn add_configured(
         &mut self,
         files: DeviceFiles,
+        milestones: &Milestones,
     ) -> Result<Vec<Arc<Port>>, SetupError> {
         let ports = networks(files.networks.len(), usize::from(files.spare_networks))?;
         let mut streams = vec![false; ports.len()];
@@ -194,7 +200,8 @@ impl<'a> Rack<'a> {
         for (index, (spec, root)) in files.shares.into_iter().enumerate() {
             let name = format!("fs{index}");
             let fs = Fs::new(&name, &spec, root, self.mem, self.counters);
-            let fs = Box::new(fs.map_err(device(&name))?);
+            let fs = fs.map_err(device(&name))?.noting(milestones);
+            let fs = Box::new(fs);
             let mut worker = Worker::new(self.mem, self.ending, self.counters)
                 .map_err(host("make a share's worker"))?;
             let link = link(self.vm, self.transports.len(), self.pages, Doorbells::One)?;

@@ -190,8 +190,9 @@ impl Tasks {
         let loopback = self.loopback(wanted, network.as_ref());
         let streams = wanted.paths.open(&self.namespace, id.as_str())?;
         trace.mark(Who::Holder, "start the VMM");
-        let sandbox = booting.ready().await?.spawn(bounds);
-        trace.mark(Who::Machine, "boot until the agent dials");
+        let ready = booting.ready().await?;
+        ready.note(trace);
+        let sandbox = ready.spawn(bounds);
         part.network = network.as_ref().map(Network::whole).unwrap_or_default();
         let log = self.log.clone();
         let complain = move |id: &str, text: &str| log.warning_of(id, text);

@@ -38,6 +38,7 @@ use caisson_vmm_spec::{OwnTrees, ShareSpec};
 
 use crate::counters::{Counter, Counters};
 use crate::memory::Mem;
+use crate::milestones::Milestones;
 use crate::virtio::{Chain, ConfigSpace, Device, DeviceError, Io};
 
 use server::FsServer;
@@ -66,6 +67,7 @@ pub struct Fs {
     descriptors: u64,
     own: Option<OwnTrees>,
     requests: Counter,
+    milestones: Milestones,
     /// There from `enter_thread` on.
     server: Option<FsServer>,
 }
@@ -91,8 +93,16 @@ impl Fs {
             descriptors: thread::raise_descriptor_limit(),
             own: spec.own.clone(),
             requests: counters.register(format!("{name}.requests")),
+            milestones: Milestones::default(),
             server: None,
         })
+    }
+
+    /// Notes how far the guest's boot has come.
+    #[must_use]
+    pub fn noting(mut self, milestones: &Milestones) -> Self {
+        self.milestones = milestones.clone();
+        self
     }
 }
 
@@ -135,6 +145,7 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, _: &mut Io) -> Result<(), DeviceError> {
+        self.milestones.drivers();
         Ok(())
     }
 
@@ -153,6 +164,7 @@ impl Device for Fs {
             return Ok(());
         }
         while let Some(chain) = queue.pop_raw()? {
+            self.milestones.mounted();
             self.requests.add(1);
             let head = chain.head_index();
             let written = server.request(chain)?;
