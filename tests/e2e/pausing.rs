@@ -115,8 +115,11 @@ fn a_paused_container_can_be_killed_and_deleted() {
     case.call(["delete", "one"])
         .finish()
         .is_refusal("that is not stopped: paused");
+    let killed = Instant::now();
     case.call(["kill", "one", "KILL"]).succeed();
     case.wait("one");
+    let took = killed.elapsed();
+    assert!(took < Duration::from_secs(5), "it took {took:?} to die");
     assert_eq!(case.status("one"), "stopped");
     case.call(["delete", "one"]).succeed();
     case.start(&bundle, "two");

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use tokio::sync::oneshot;
+
 use super::{Event, Exit, INIT, Refused, Reply, SandboxError, Status, after};
 
 /// One container.
@@ -19,6 +21,8 @@ pub(super) struct Container {
 struct Process {
     exit: Option<Exit>,
     waiting: Vec<Reply<Exit>>,
+    /// Dropped at its end.
+    held: Vec<oneshot::Sender<()>>,
 }
 
 impl Container {
@@ -100,6 +104,16 @@ impl Container {
         }
     }
 
+    /// Keeps `held` until a process has ended. This is not to be told of the end.
+    pub(super) fn hold(&mut self, process_id: &str, held: oneshot::Sender<()>) {
+        if let Some(process) = self.processes.get_mut(process_id)
+            && process.exit.is_none()
+        {
+            process.held.retain(|held| !held.is_closed());
+            process.held.push(held);
+        }
+    }
+
     /// A process has ended: tells everyone who waits.
     pub(super) fn ended(&mut self, process_id: &str, exit: Exit) {
         if process_id == INIT {
@@ -109,6 +123,7 @@ impl Container {
             return;
         };
         process.exit = Some(exit);
+        process.held.clear();
         let mut told = false;
         for waiting in process.waiting.drain(..) {
             told |= waiting.send(Ok(exit)).is_ok();
@@ -121,7 +136,7 @@ impl Container {
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::oneshot::{self, error::TryRecvError};
+    use tokio::sync::oneshot::error::TryRecvError;
 
     use super::*;
 
@@ -156,6 +171,26 @@ mod tests {
         container.wait(INIT, late);
         assert_eq!(late_told.try_recv().unwrap().unwrap().status, 7);
         assert_eq!(container.status(), Status::Stopped);
+    }
+
+    #[test]
+    fn what_a_process_holds_goes_with_it_and_tells_nobody() {
+        let mut container = running();
+        container.add("e1", false).unwrap();
+        let held = |container: &mut Container| {
+            let (held, end) = oneshot::channel();
+            container.hold("e1", held);
+            end
+        };
+        drop(held(&mut container));
+        let mut end = held(&mut container);
+        assert_eq!(end.try_recv(), Err(TryRecvError::Empty));
+        container.ended("e1", exit(3));
+        assert_eq!(end.try_recv(), Err(TryRecvError::Closed));
+        assert_eq!(held(&mut container).try_recv(), Err(TryRecvError::Closed));
+        let (reply, mut told) = oneshot::channel();
+        container.wait("e1", reply);
+        assert_eq!(told.try_recv().unwrap().unwrap().status, 3);
     }
 
     #[test]

@@ -20,11 +20,14 @@ mod ports;
 pub mod remote;
 mod status;
 
-use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use caisson_agent_api::{Network, Volume};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::{
+    sync::{Mutex, mpsc, oneshot, watch},
+    time::timeout,
+};
 
 pub use self::{
     boot::{BootError, Booting, Ready},
@@ -53,6 +56,12 @@ pub const INIT: &str = "";
 
 /// The exit status of everything in a sandbox whose virtual machine ended first.
 pub const LOST: u8 = 137;
+
+/// How long a container may take to die of `SIGKILL`.
+pub const AFTER_KILL: Duration = Duration::from_secs(10);
+
+/// The signal that cannot be caught.
+pub const KILL: i32 = rustix::process::Signal::KILL.as_raw();
 
 /// Why a sandbox did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -458,6 +467,16 @@ impl Sandbox {
             growth.lock().await.forget(id);
         }
         Ok(())
+    }
+
+    /// Kills a container, wherever it is in its life, and removes it from the guest. Answers when it is gone, or when it
+    /// has had its time to die.
+    pub async fn destroy(&self, id: &str) {
+        // Each step may find that there is nothing to do; then the next one finds out, too.
+        if self.signal(id, INIT, KILL, true).await.is_ok() {
+            let _ = timeout(AFTER_KILL, self.wait(id, INIT)).await;
+        }
+        let _ = self.delete(id).await;
     }
 
     /// Ends the virtual machine and answers when its process is gone.

@@ -48,9 +48,6 @@ use crate::{
 /// How many requests may queue before askers wait.
 const INBOX: usize = 64;
 
-/// How long a container may take to die of `SIGKILL`.
-const AFTER_KILL: Duration = Duration::from_secs(10);
-
 struct Owner {
     agent: Agent,
     ports: Ports,

@@ -1,17 +1,18 @@
 //! What is asked for one container: taken up if its state allows it, and passed on to the agent as a task.
 
-use std::{future::Future, net::SocketAddr, os::fd::AsFd};
+use std::{future::Future, net::SocketAddr, os::fd::AsFd, sync::Arc};
 
 use caisson_agent_api as api;
 use caisson_vmm_spec::Request;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 
-use super::{AFTER_KILL, Owner, answer, asked, tell, vm_request};
+use super::{Owner, answer, asked, tell, vm_request};
 use crate::{
     agent::AgentError,
     disks::{Disk, Number},
     sandbox::{
-        CreateRequest, Event, ExecRequest, Exit, INIT, Reply, SandboxError, Started,
+        AFTER_KILL, CreateRequest, Event, ExecRequest, Exit, INIT, KILL, Reply, SandboxError,
+        Started,
         container::Container,
         disks::{Claim, Disks},
         message::Done,
@@ -27,8 +28,10 @@ type Plugging = (Number, oneshot::Receiver<Result<u32, SandboxError>>);
 async fn plugged(disks: Vec<Plugging>) -> Result<Vec<api::Disk>, SandboxError> {
     let mut all = Vec::new();
     for (number, device) in disks {
-        // Nobody tells once the virtual machine has ended.
-        let device = device.await.map_err(|_| AgentError::Gone)??;
+        let device = device.await.map_err(|_| SandboxError::Disk {
+            number,
+            message: "nobody has plugged it in".to_owned(),
+        })??;
         all.push(api::Disk {
             device,
             major: number.major,
@@ -194,7 +197,10 @@ impl Owner {
         }
         let agent = self.agent.clone();
         let outbox = self.outbox.clone();
-        let deadly = signal == rustix::process::Signal::KILL.as_raw();
+        let deadly = signal == KILL;
+        // Nobody dies where nothing runs.
+        let dying = deadly.then(|| Arc::clone(&self.busy));
+        let ended = self.end_of(&id, &process_id);
         self.call(reply, async move {
             match agent.signal(&id, &process_id, signal, all).await {
                 Err(AgentError::Silent { .. } | AgentError::Nonsense { .. }) if deadly => {
@@ -202,16 +208,28 @@ impl Owner {
                     tell(&outbox, Done::Unkillable, None).await;
                     Ok(())
                 }
-                Ok(()) if deadly && process_id == INIT => {
+                Ok(()) if deadly => {
                     tokio::spawn(async move {
-                        tokio::time::sleep(AFTER_KILL).await;
-                        tell(&outbox, Done::Doomed { id }, None).await;
+                        let done = match timeout(AFTER_KILL, ended).await {
+                            Err(_) if process_id == INIT => Done::Doomed { id },
+                            _ => Done::Answered,
+                        };
+                        tell(&outbox, done, dying).await;
                     });
                     Ok(())
                 }
                 other => Ok(other?),
             }
         });
+    }
+
+    /// Ends with a process.
+    fn end_of(&mut self, id: &str, process_id: &str) -> oneshot::Receiver<()> {
+        let (told, end) = oneshot::channel();
+        if let Some(container) = self.containers.get_mut(id) {
+            container.hold(process_id, told);
+        }
+        end
     }
 
     pub(super) fn delete(&mut self, id: String, reply: Reply<()>) {
