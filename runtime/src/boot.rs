@@ -28,7 +28,8 @@ use crate::{
     vmm::Machine,
 };
 
-/// Name of the locked file in the sandbox's directory that the VMM holds open.
+/// Name of the locked file in a directory that the VMM holds open; that of a container in another container's virtual
+/// machine is held by whoever clears it away there.
 pub const VM_LOCK: &str = "vm.lock";
 
 /// Why the virtual machine was not started.
@@ -113,13 +114,13 @@ impl Boot<'_> {
             slots,
             vhost_net: config.vhost_net,
             console: config.debug_console.then(|| log_file(dir)).transpose()?,
-            alive: Some(lock_file(dir)?),
+            alive: Some(lock_file(dir).map_err(host("make the VMM's lock"))?),
             cgroup: cgroup.map_err(host("open the cgroup"))?,
         })?)
     }
 }
 
-/// Blocks until the VMM of the sandbox in `dir`, which holds [`VM_LOCK`], is gone.
+/// Blocks until whoever holds [`VM_LOCK`] in `dir` is done.
 pub fn wait_for_vmm(dir: &Path) -> io::Result<()> {
     match OpenOptions::new().read(true).open(dir.join(VM_LOCK)) {
         Ok(file) => Ok(rustix::io::retry_on_intr(|| {
@@ -140,16 +141,14 @@ fn log_file(dir: &Path) -> Result<OwnedFd, StartError> {
         .map_err(host("open the guest's console log"))
 }
 
-/// The file whose lock the VMM holds for as long as it lives.
-fn lock_file(dir: &Path) -> Result<OwnedFd, StartError> {
+/// The file [`VM_LOCK`] in `dir`, locked until the last copy of the descriptor is closed.
+pub fn lock_file(dir: &Path) -> io::Result<OwnedFd> {
     let file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
-        .open(dir.join(VM_LOCK))
-        .map_err(host("make the VMM's lock"))?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|errno| host("lock the VMM's lock")(errno.into()))?;
+        .open(dir.join(VM_LOCK))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
     Ok(file.into())
 }
 

@@ -91,7 +91,8 @@ pub enum Request {
     },
     /// Say who holds the sandbox, and what the container's namespaces are called there.
     Premises,
-    /// Take one more container into the sandbox that this monitor holds. The connection stands for the container.
+    /// Take one more container into the sandbox that this monitor holds. The connection stands for the container;
+    /// attached is a file that is held open until nothing of it is left.
     Join {
         /// Its name.
         id: String,
@@ -250,10 +251,14 @@ impl Control {
     }
 
     /// Asks to be let into the monitor's sandbox. The first of the answers is the tie, the last is the sandbox's mount
-    /// namespace.
-    pub fn join(self, id: &str) -> Result<(OwnedFd, PathBuf, Bounds, OwnedFd), ControlError> {
+    /// namespace. `lock` is open there until nothing of the container is left.
+    pub fn join(
+        self,
+        id: &str,
+        lock: BorrowedFd<'_>,
+    ) -> Result<(OwnedFd, PathBuf, Bounds, OwnedFd), ControlError> {
         let id = id.to_owned();
-        match self.ask(&Request::Join { id }, &[])? {
+        match self.ask(&Request::Join { id }, &[lock])? {
             (Answer::Joined { share, bounds }, fds) => {
                 let namespace = fds.into_iter().next();
                 Ok((

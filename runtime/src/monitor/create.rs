@@ -193,7 +193,8 @@ pub(super) async fn create(
             (share, Some(network), Birth::Boots(booting))
         }
         Some(sharer) => {
-            let (share, joined) = sharer.join(id, &mut guest, &host_files)?;
+            let joining = sharer.join(&dir, id, &mut guest, &host_files);
+            let (share, joined) = joining.await?;
             (share, None, Birth::Joined(joined))
         }
     };
@@ -203,26 +204,44 @@ pub(super) async fn create(
         Birth::Joined(joined) => (joined.holder.clone(), joined.bounds),
     };
     let limits = Limits::new(&bundle.spec, bounds);
-    // In a unit of systemd's it is already.
-    let to_join = cgroup.as_ref().filter(|cgroup| cgroup.unit().is_none());
-    let joining = to_join.map(Joining::begin).transpose()?;
-    let streams = streams(files, &order, &guest, report).await?;
-    set_console_size(&mut guest, streams.size);
-    guest_spec::add_listen_fds(&mut guest, order.activated);
-    if order.notify {
-        guest_spec::add_notify_socket(&mut guest, id);
-    }
-    let mut request = request(&guest, &bundle, &streams, shared_memory_bytes, order.notify)?;
-    (request.disks, request.huge_pages) = (disks, huge_pages);
-    let sandbox = match birth {
-        Birth::Boots(booting) => {
-            let ready = unless_abandoned(report, booting.ready()).await??;
-            ready.note(&mut trace);
-            ready.spawn(bounds)
-        }
-        Birth::Joined(joined) => joined.sandbox,
+    let joined = match &birth {
+        Birth::Boots(_) => None,
+        Birth::Joined(joined) => Some(joined.sandbox.clone()),
     };
-    let inside = joining.map(Joining::finish).transpose()?;
+    let at_hand = async {
+        // In a unit of systemd's it is already.
+        let to_join = cgroup.as_ref().filter(|cgroup| cgroup.unit().is_none());
+        let joining = to_join.map(Joining::begin).transpose()?;
+        let streams = streams(files, &order, &guest, report).await?;
+        set_console_size(&mut guest, streams.size);
+        guest_spec::add_listen_fds(&mut guest, order.activated);
+        if order.notify {
+            guest_spec::add_notify_socket(&mut guest, id);
+        }
+        let request = request(&guest, &bundle, &streams, shared_memory_bytes, order.notify)?;
+        let sandbox = match birth {
+            Birth::Boots(booting) => {
+                let ready = unless_abandoned(report, booting.ready()).await??;
+                ready.note(&mut trace);
+                ready.spawn(bounds)
+            }
+            Birth::Joined(joined) => joined.sandbox,
+        };
+        let inside = joining.map(Joining::finish).transpose()?;
+        Ok::<_, CreateError>((streams, request, sandbox, inside))
+    };
+    let (streams, mut request, sandbox, inside) = match at_hand.await {
+        Ok(at_hand) => at_hand,
+        Err(error) => {
+            // The holder clears away what there is, and says so.
+            if let Some(sandbox) = joined {
+                sandbox.stop().await;
+            }
+            return Err(error);
+        }
+    };
+    drop(joined);
+    (request.disks, request.huge_pages) = (disks, huge_pages);
     let log = log.map(|log| Arc::new(log.about(id, &membership::sandbox(&holder))));
     let following = Follower::new(&sandbox, complain(log.clone()));
 

@@ -23,7 +23,7 @@ use crate::{
     log::Log,
     network::{self, Network, follow},
     packet::Packets,
-    sandbox::{Exit, INIT, LOST, Sandbox, SandboxError},
+    sandbox::{Exit, INIT, LOST, Sandbox, SandboxError, remote::Members},
     share::Share,
     state::{State, StateDir, Status},
     stdio::Progress,
@@ -76,6 +76,8 @@ struct Shared {
     /// The processes that stand for running `exec`s; never locked across an await.
     stand_ins: Mutex<Vec<u32>>,
     premises: Premises,
+    /// Of the sandbox, if it is this process's.
+    members: Members,
     /// Held while they are changed in the guest and on the host.
     limits: AsyncMutex<Limits>,
     /// Of system calls; every process has a listener of its own.
@@ -109,6 +111,7 @@ impl Record {
             processes: AtomicU64::new(0),
             stand_ins: Mutex::default(),
             premises,
+            members: Members::default(),
             limits: AsyncMutex::new(limits),
             supervisor,
         }))
@@ -157,6 +160,11 @@ impl Record {
     /// Where the sandbox is, for those who want to join it.
     pub(super) fn premises(&self) -> &Premises {
         &self.0.premises
+    }
+
+    /// The containers that have joined the sandbox.
+    pub(super) fn members(&self) -> &Members {
+        &self.0.members
     }
 
     /// The limits, for whoever changes them.

@@ -9,13 +9,14 @@
 //!
 //! Contract: a member joins the network, IPC, UTS and PID namespaces that its specification gives by paths of the same
 //! process, and no others. Its end, a kill of its monitor included, leaves nothing of it in the sandbox: the holder kills
-//! it, deletes it from the guest and takes its files out of the share when the tie ends. The holder's end is the end of all.
+//! it, deletes it from the guest and takes its files out of the share when the tie ends. Until that is done the member's
+//! own [`crate::boot::VM_LOCK`] is held, so that nobody uses its name again. The holder's end is the end of all.
 //! Not here: the member's questions (`sandbox/remote.rs`).
 
 use std::{
     borrow::Cow,
     ffi::OsStr,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -24,18 +25,19 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::create::CreateError;
 use crate::{
+    boot,
     control::{Answer, Control, Request},
     guest_spec::HostFiles,
     network::Network,
     packet::Packets,
-    sandbox::{INIT, Sandbox, remote},
+    sandbox::{
+        Sandbox,
+        remote::{self, Members},
+    },
     share::{self, Share, Trees},
     sizing::Bounds,
     state::StateDir,
 };
-
-/// The signal that cannot be caught.
-const KILL: i32 = rustix::process::Signal::KILL.as_raw();
 
 /// Where a container's sandbox is, for those who want to join it.
 #[derive(Debug, Clone)]
@@ -100,9 +102,10 @@ impl Sharer {
     }
 
     /// Brings a container, whose specification has been split, into the sandbox. This process, which has one thread,
-    /// stands in its network namespace and in its mount namespace afterwards.
-    pub(super) fn join(
+    /// stands in its network namespace and in its mount namespace afterwards. `dir` is the container's.
+    pub(super) async fn join(
         &self,
+        dir: &StateDir,
         id: &str,
         guest: &mut Spec,
         files: &HostFiles,
@@ -112,24 +115,40 @@ impl Sharer {
             return Err(crate::control::ControlError::Unexpected.into());
         };
         crate::guest_spec::join_namespaces(guest, &self.kinds, guest_pid);
-        let (tie, share, bounds, namespace) = Control::connect(&holder)?.join(id)?;
-        let tie = Packets::new(tie).map_err(|source| CreateError::Host {
+        let failed = |source| CreateError::Host {
             step: "join the sandbox",
             source,
-        })?;
+        };
+        let lock = boot::lock_file(dir.path()).map_err(failed)?;
+        let (tie, share, bounds, namespace) = Control::connect(&holder)?.join(id, lock.as_fd())?;
+        drop(lock);
+        let tie = Packets::new(tie).map_err(failed)?;
         // From here on the end of the tie undoes everything.
         let sandbox = remote::attach(holder.clone(), id.to_owned(), tie);
-        let trees = Trees::open(files)?;
-        Network::stand_in(&self.network)?;
-        share::enter_namespace(namespace.as_fd())?;
         let share = Share::existing(share);
-        share.add_trees(id, files, &trees)?;
+        if let Err(error) = self.move_in(id, files, &share, namespace.as_fd()) {
+            sandbox.stop().await;
+            return Err(error);
+        }
         let joined = Joined {
             sandbox,
             holder,
             bounds,
         };
         Ok((share, joined))
+    }
+
+    fn move_in(
+        &self,
+        id: &str,
+        files: &HostFiles,
+        share: &Share,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<(), CreateError> {
+        let trees = Trees::open(files)?;
+        Network::stand_in(&self.network)?;
+        share::enter_namespace(namespace)?;
+        Ok(share.add_trees(id, files, &trees)?)
     }
 }
 
@@ -161,17 +180,26 @@ fn process_of(path: &Path) -> Option<u32> {
     (is_namespace && parts.next().is_some() && parts.next().is_none()).then_some(pid)
 }
 
-/// The holder's side of a tie: lets a container in, and clears it away when it is over.
-pub(super) async fn hold(packets: Packets, sandbox: Sandbox, premises: Premises, id: String) {
+/// The holder's side of a tie: lets a container in, and clears it away when it is over. `lock` says that it is not.
+pub(super) async fn hold(
+    packets: Packets,
+    sandbox: Sandbox,
+    premises: Premises,
+    members: Members,
+    id: String,
+    lock: Vec<OwnedFd>,
+) {
+    let Some(member) = members.enter(&id, packets.peer()) else {
+        let taken = Answer::Failed(format!("container {id} is in the sandbox already"));
+        let _ = packets.send(&taken, &[]).await;
+        return;
+    };
     let joined = Answer::Joined {
         share: premises.share.clone(),
         bounds: premises.bounds,
     };
-    if packets
-        .send(&joined, &[premises.namespace.as_fd()])
-        .await
-        .is_err()
-    {
+    let fds = [premises.namespace.as_fd()];
+    if packets.send(&joined, &fds).await.is_err() {
         return;
     }
     tokio::select! {
@@ -181,22 +209,15 @@ pub(super) async fn hold(packets: Packets, sandbox: Sandbox, premises: Premises,
         }
         // It says that it leaves, or hangs up.
         _ = packets.receive::<Request>() => {
-            clear_away(&sandbox, &premises, &id).await;
+            member.clear(&sandbox).await;
+            let namespace = premises.namespace.as_fd();
+            if let Err(error) = share::remove_elsewhere(namespace, &premises.share, &id) {
+                // It goes with the sandbox.
+                eprintln!("caisson: {}", crate::error::message(&error));
+            }
+            drop((member, lock));
             let _ = packets.send(&Answer::Done, &[]).await;
         }
-    }
-}
-
-/// Each step may find that there is nothing to do; then the next one finds out, too.
-async fn clear_away(sandbox: &Sandbox, premises: &Premises, id: &str) {
-    if sandbox.signal(id, INIT, KILL, true).await.is_ok() {
-        let _ = sandbox.wait(id, INIT).await;
-    }
-    let _ = sandbox.delete(id).await;
-    let namespace = premises.namespace.as_fd();
-    if let Err(error) = share::remove_elsewhere(namespace, &premises.share, id) {
-        // It goes with the sandbox.
-        eprintln!("caisson: {}", crate::error::message(&error));
     }
 }
 

@@ -106,13 +106,15 @@ pub(super) async fn connection(
             return reply(&packets, &Answer::Premises { holder, guest_pid }, &[]).await;
         }
         Request::Join { id } => {
-            return membership::hold(packets, sandbox, record.premises().clone(), id).await;
+            let (premises, members) = (record.premises().clone(), record.members().clone());
+            return membership::hold(packets, sandbox, premises, members, id, fds).await;
         }
         // Said on a connection of `Join` alone.
         Request::Leave => return,
         Request::Member { id, question } => {
             make_room(&sandbox, &record, &id, &question).await;
-            return remote::carry_out(&packets, &sandbox, &id, question, fds).await;
+            let members = record.members();
+            return remote::carry_out(&packets, &sandbox, members, &id, question, fds).await;
         }
         Request::Update { resources } => {
             let answer = match update(&sandbox, &record, &id, &resources).await {

@@ -25,7 +25,7 @@ use caisson_vmm_spec::Cause;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-pub use self::holder::carry_out;
+pub use self::holder::{Member, Members, carry_out};
 use super::{
     CreateRequest, Event, ExecRequest, Exit, Refused, Reply as Answered, Sandbox, SandboxError,
     Started, Status, Step, Streams, Wanted, message::Message,
