@@ -52,7 +52,8 @@ fn run(args: &Args, socket: OwnedFd, log: &Logger) -> io::Result<()> {
     share::enter_private_namespace()
         .map_err(|error| io::Error::other(crate::error::message(&error)))?;
     let listener = UnixListener::from(socket);
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    let served = runtime.block_on(async {
         let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
         let (publisher, sending) = events::publisher(&address, &args.namespace, log.clone());
         let tasks = Arc::new(Tasks::new(&args.namespace, publisher, log.clone()));
@@ -75,7 +76,10 @@ fn run(args: &Args, socket: OwnedFd, log: &Logger) -> io::Result<()> {
         drop(tasks);
         sending.finish().await;
         Ok(())
-    })
+    });
+    // A hook that does not end holds nobody up.
+    runtime.shutdown_background();
+    served
 }
 
 fn serving(listener: UnixListener, tasks: &Arc<Tasks>) -> io::Result<Server> {

@@ -22,7 +22,10 @@ use containerd_shim_protos::{
     },
     topics,
 };
-use tokio::sync::{self, Notify};
+use tokio::{
+    sync::{self, Notify, watch},
+    time::timeout,
+};
 
 use super::{
     container::{Container, Hooks},
@@ -35,7 +38,7 @@ use super::{
 use crate::{
     agent::{AgentError, RefusalKind},
     cgroup::HostCgroup,
-    sandbox::{Event, ExecRequest, INIT, Refused, SandboxError},
+    sandbox::{AFTER_KILL, Event, ExecRequest, INIT, KILL, LOST, Refused, Sandbox, SandboxError},
     state::Status,
     stats::Stats,
     trace::{Trace, Who},
@@ -50,9 +53,6 @@ mod wanted;
 use create::Pod;
 use held::Held;
 
-/// The signal that cannot be caught.
-const KILL: i32 = rustix::process::Signal::KILL.as_raw();
-
 /// All containers of a server.
 #[derive(Debug)]
 pub(super) struct Tasks {
@@ -65,8 +65,11 @@ pub(super) struct Tasks {
     held: OnceLock<Arc<Held>>,
     /// Held for a moment, never across an await.
     containers: Mutex<HashMap<String, Arc<Container>>>,
-    /// Held while a container is created or deleted: the first and the last bring and end the virtual machine.
+    /// Held while a container is created or deleted: the first and the last bring and end the virtual machine. Whoever
+    /// waits for the guest meanwhile is rid of it when the virtual machine is ended, for which this is not needed.
     changing: sync::Mutex<()>,
+    /// The virtual machine of the Sandbox API's sandbox, from its boot on.
+    machine: watch::Sender<Option<Sandbox>>,
     over: Notify,
 }
 
@@ -89,6 +92,7 @@ impl Tasks {
             held: OnceLock::new(),
             containers: Mutex::default(),
             changing: sync::Mutex::new(()),
+            machine: watch::Sender::new(None),
             over: Notify::new(),
         }
     }
@@ -433,7 +437,7 @@ impl Tasks {
 
     /// Removes a container that does not run, and with the last one the virtual machine.
     pub(super) async fn delete(&self, id: &str) -> Result<Ended, TaskError> {
-        let _only_one = self.changing.lock().await;
+        let only_one = self.changing.lock().await;
         let container = self.container(id)?;
         if container.init.ended().is_none() {
             match container.sandbox.status(id).await {
@@ -447,9 +451,12 @@ impl Tasks {
                 _ => {}
             }
         }
-        let ended = container.init.wait().await;
+        let mut ended = timeout(AFTER_KILL, container.init.wait()).await.ok();
         let pod = self.pod().clone();
         let is_last = self.held.get().is_none() && self.containers().len() == 1;
+        if ended.is_none() && !is_last {
+            return Err(TaskError::Running(format!("container {id}")));
+        }
         if let Some(pod) = pod {
             if is_last {
                 pod.sandbox.stop().await;
@@ -465,7 +472,14 @@ impl Tasks {
                 container.unmount();
             }
         }
+        if ended.is_none() {
+            // With the virtual machine, if nobody else keeps its end from being told.
+            ended = timeout(AFTER_KILL, container.init.wait()).await.ok();
+        }
+        let ended = ended.unwrap_or_else(lost);
         self.containers().remove(id);
+        // Hooks are free to take their time.
+        drop(only_one);
         self.run_last_hooks(id, container.hooks()).await;
         let event = TaskDelete {
             container_id: id.to_owned(),
@@ -493,7 +507,7 @@ impl Tasks {
 
     /// Removes what a stopped virtual machine leaves on the host.
     async fn clean_up(&self, pod: Arc<Pod>) {
-        drop(self.pod().take());
+        drop((self.pod().take(), self.machine.send_replace(None)));
         let removed = tokio::task::spawn_blocking(move || pod.remove()).await;
         if let Ok(Err(error)) = removed {
             self.log.error(&crate::error::message(&error));
@@ -548,6 +562,14 @@ fn is_gone(error: &SandboxError) -> bool {
 fn never_started() -> Ended {
     Ended {
         status: 0,
+        at: SystemTime::now(),
+    }
+}
+
+/// What containerd is told of a process that ended with its virtual machine.
+fn lost() -> Ended {
+    Ended {
+        status: LOST,
         at: SystemTime::now(),
     }
 }

@@ -193,6 +193,9 @@ impl Tasks {
         let ready = booting.ready().await?;
         ready.note(trace);
         let sandbox = ready.spawn(bounds);
+        if wanted.holds {
+            self.machine.send_replace(Some(sandbox.clone()));
+        }
         part.network = network.as_ref().map(Network::whole).unwrap_or_default();
         let log = self.log.clone();
         let complain = move |id: &str, text: &str| log.warning_of(id, text);
@@ -230,6 +233,7 @@ impl Tasks {
             }
             Err(error) => {
                 sandbox.stop().await;
+                self.machine.send_replace(None);
                 Err(error)
             }
         }

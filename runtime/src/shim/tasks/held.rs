@@ -4,7 +4,8 @@
 //! the start to the stop, however many containers come and go; a process in the guest that runs no program holds the
 //! namespaces that they share. To containerd that process *is* the sandbox: the sandbox's end is its end, with the status
 //! 0 after a stop and [`LOST`] if the virtual machine ended by itself.
-//! A stop may come at any time and any number of times; what it finds running it kills.
+//! A stop may come at any time and any number of times; what it finds running it kills, and no guest can hold it up.
+//! The pod's own files are in a tmpfs as large as they need: what a container writes to them does not fill the host's.
 //! Not here: how the API is spoken (`sandboxes.rs`), what its orders mean (`order.rs`).
 
 use std::{
@@ -21,15 +22,18 @@ use containerd_shim_protos::{
     types::mount::Mount,
 };
 
-use super::{KILL, Tasks, create::Pod, wanted::Wanted};
+use tokio::{sync::MutexGuard, time::timeout};
+
+use super::{Tasks, create::Pod, wanted::Wanted};
 use crate::{
-    sandbox::{INIT, LOST, SandboxError},
+    sandbox::{INIT, KILL, LOST, Sandbox, SandboxError},
     shim::{
         bootstrap::OPTIONS,
         error::{TaskError, host},
         options::Options,
         order::{self, Description},
         process::{Ended, Process},
+        rootfs::Rootfs,
         stdio::Paths,
     },
     state::ContainerId,
@@ -39,6 +43,12 @@ use crate::{
 
 /// How long containers that are killed may take to end, if a stop does not say.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The directory of the pod's own files in the bundle.
+const FILES: &str = "files";
+
+/// How much containers may make of them beyond what they say at first.
+const FILES_GROW_BYTES: usize = 1 << 20;
 
 /// A sandbox that has been ordered.
 #[derive(Debug)]
@@ -51,6 +61,8 @@ pub(in crate::shim) struct Held {
     pub(in crate::shim) started: OnceLock<SystemTime>,
     /// Files of the pod's containers that the engine leaves to the sandbox: where, and from where on the host.
     pub(super) files: Vec<(&'static str, PathBuf)>,
+    /// What these are in.
+    _mounted: Option<Rootfs>,
 }
 
 impl Held {
@@ -59,7 +71,7 @@ impl Held {
         let bundle = Path::new(&request.bundle_path);
         let description = order::description(request.options.as_ref())?;
         let has_spec = bundle.join("config.json").exists();
-        let mut files = Vec::new();
+        let (mut files, mut mounted) = (Vec::new(), None);
         // A specification that came with the order counts, unless the kubelet's own words did.
         if description.is_some() || !has_spec {
             let description = description.unwrap_or_default();
@@ -67,7 +79,10 @@ impl Held {
             let spec = description.specification(id, network, &request.annotations)?;
             let write = || fs::write(bundle.join("config.json"), spec.to_string());
             write().map_err(host("write the sandbox's specification"))?;
-            files = furnish(bundle, &description).map_err(host("write the pod's files"))?;
+            let texts = texts(&description).map_err(host("read the host's files for the pod"))?;
+            let dir = bundle.join(FILES);
+            mounted = Some(Rootfs::mount(&[room_for(&texts)], &dir)?);
+            files = furnish(&dir, texts).map_err(host("write the pod's files"))?;
         }
         let options = runtime_options(bundle).map_err(host("read the runtime's options"))?;
         let options = Options::of(options.as_ref())?;
@@ -81,6 +96,7 @@ impl Held {
             init: Process::new(INIT, Paths::default(), Vec::new()),
             started: OnceLock::new(),
             files,
+            _mounted: mounted,
         })
     }
 
@@ -100,27 +116,50 @@ fn nothing() -> Mount {
     }
 }
 
-/// Writes what containerd's own sandboxer writes for a pod into the bundle.
-fn furnish(bundle: &Path, pod: &Description) -> io::Result<Vec<(&'static str, PathBuf)>> {
-    let mut files = Vec::new();
-    let mut add = |place: &'static str, text: Option<String>| {
-        let name = Path::new(place).file_name().unwrap_or_default();
-        let path = bundle.join(name);
-        match text {
-            Some(text) => fs::write(&path, text)?,
-            // A host without the file has pods without it.
-            None if !Path::new(place).exists() => return Ok(()),
-            None => fs::copy(place, &path).map(drop)?,
-        }
-        files.push((place, path));
-        io::Result::Ok(())
-    };
+/// What containerd's own sandboxer writes for a pod: where it is in a container, and what it says.
+fn texts(pod: &Description) -> io::Result<Vec<(&'static str, Vec<u8>)>> {
+    let mut texts = Vec::new();
     if !pod.hostname.is_empty() {
-        add("/etc/hostname", Some(format!("{}\n", pod.hostname)))?;
+        let text = format!("{}\n", pod.hostname);
+        texts.push(("/etc/hostname", text.into_bytes()));
     }
-    add("/etc/hosts", None)?;
-    add("/etc/resolv.conf", pod.resolv_conf())?;
-    Ok(files)
+    for (place, text) in [
+        ("/etc/hosts", None),
+        ("/etc/resolv.conf", pod.resolv_conf()),
+    ] {
+        match text.map_or_else(|| fs::read(place), |text| Ok(text.into_bytes())) {
+            Ok(text) => texts.push((place, text)),
+            // A host without the file has pods without it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(texts)
+}
+
+/// A file system for these, in which containers may write.
+fn room_for(texts: &[(&str, Vec<u8>)]) -> Mount {
+    let bytes = texts.iter().map(|(_, text)| text.len()).sum::<usize>() + FILES_GROW_BYTES;
+    let size = format!("size={bytes}");
+    let options = ["mode=755", "nosuid", "nodev", "noexec", &size];
+    Mount {
+        type_: "tmpfs".to_owned(),
+        source: "tmpfs".to_owned(),
+        options: options.map(str::to_owned).to_vec(),
+        ..Default::default()
+    }
+}
+
+fn furnish(
+    dir: &Path,
+    texts: Vec<(&'static str, Vec<u8>)>,
+) -> io::Result<Vec<(&'static str, PathBuf)>> {
+    let write = |(place, text): (&'static str, Vec<u8>)| {
+        let path = dir.join(Path::new(place).file_name().unwrap_or_default());
+        fs::write(&path, text)?;
+        Ok((place, path))
+    };
+    texts.into_iter().map(write).collect()
 }
 
 /// What `start` was told of containerd's configuration: the API itself does not say.
@@ -212,7 +251,8 @@ impl Tasks {
         id: &str,
         patience: Option<Duration>,
     ) -> Result<(), TaskError> {
-        let _only_one = self.changing.lock().await;
+        let patience = patience.unwrap_or(PATIENCE);
+        let _only_one = self.alone(patience).await;
         let held = self.sandbox(id)?;
         if !held.init.is_started() {
             if held.init.ended().is_none() {
@@ -223,11 +263,33 @@ impl Tasks {
         }
         let pod = self.pod().clone();
         if let Some(pod) = pod {
-            self.kill_members(&pod, patience.unwrap_or(PATIENCE)).await;
+            self.kill_members(&pod, patience).await;
             pod.sandbox.stop().await;
         }
         held.init.wait().await;
         Ok(())
+    }
+
+    /// Waits until nobody else changes anything; whoever has not come to an end within `patience` waits for the guest,
+    /// and loses it.
+    async fn alone(&self, patience: Duration) -> MutexGuard<'_, ()> {
+        if let Ok(only_one) = timeout(patience, self.changing.lock()).await {
+            return only_one;
+        }
+        tokio::select! {
+            only_one = self.changing.lock() => return only_one,
+            // It may still have to boot, for which there is a deadline.
+            sandbox = self.booted() => if let Some(sandbox) = sandbox {
+                sandbox.stop().await;
+            }
+        }
+        self.changing.lock().await
+    }
+
+    async fn booted(&self) -> Option<Sandbox> {
+        let mut machine = self.machine.subscribe();
+        // The sender is `self`'s.
+        machine.wait_for(Option::is_some).await.ok()?.clone()
     }
 
     /// So that their last output is passed on and they end with a status of their own.
@@ -244,7 +306,7 @@ impl Tasks {
             }
         };
         // Those that do not end in time end with the machine.
-        let _ = tokio::time::timeout(patience, ends).await;
+        let _ = timeout(patience, ends).await;
     }
 
     /// Ends the server, and first the sandbox if there still is one.
@@ -276,5 +338,26 @@ impl Tasks {
             .ok_or_else(|| TaskError::NotRunning(id.to_owned()))?;
         let cgroup = cgroup.ok_or(TaskError::Unsupported("to count without a cgroup"))?;
         Ok(cgroup.stats().map_err(SandboxError::from)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_files_have_room_for_what_they_say_and_a_little_more() {
+        let mut pod = Description::default();
+        pod.hostname = "pod".to_owned();
+        let texts = texts(&pod).unwrap();
+        assert_eq!(texts[0], ("/etc/hostname", b"pod\n".to_vec()));
+        let large = vec![("/etc/hosts", vec![b'#'; 3 << 20])];
+        let room = room_for(&large);
+        assert_eq!(room.type_, "tmpfs");
+        assert_eq!(room.options.last().unwrap(), "size=4194304");
+        let dir = tempfile::tempdir().unwrap();
+        let files = furnish(dir.path(), texts).unwrap();
+        assert_eq!(files[0], ("/etc/hostname", dir.path().join("hostname")));
+        assert_eq!(fs::read_to_string(&files[0].1).unwrap(), "pod\n");
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use containerd_shim_protos::{api::CreateTaskRequest, types::mount::Mount};
 use oci_spec::runtime::Spec;
 
-use super::{KILL, bundle_path, held::Held};
+use super::{bundle_path, held::Held};
 use crate::{
     bundle::Bundle,
     cgroup::{HostCgroup, Terms},
@@ -16,7 +16,7 @@ use crate::{
     monitor::HostHooks,
     network::Connections,
     rootless::Rootless,
-    sandbox::{Activation, CreateRequest, INIT, Sandbox},
+    sandbox::{Activation, CreateRequest, Sandbox, SandboxError},
     share::Share,
     shim::{
         container::Hooks,
@@ -30,7 +30,7 @@ use crate::{
     },
     sizing::{Bounds, VmSize},
     state::{ContainerId, State, Status},
-    supervision::Supervisor,
+    supervision::{Handover, Supervisor},
     update::Limits,
     volumes::{self, Follower},
 };
@@ -200,6 +200,16 @@ impl Wanted {
         Ok(cgroup)
     }
 
+    /// Runs the hooks that come first, and reaches the supervisor.
+    async fn prepared(&self) -> Result<Option<Handover>, TaskError> {
+        self.hooks.before_creation().await?;
+        let Some(supervisor) = &self.hooks.supervisor else {
+            return Ok(None);
+        };
+        let subject = self.hooks.subject(Status::Creating);
+        Ok(Some(supervisor.reach().await?.engage(subject).await?))
+    }
+
     /// The container in the guest, its streams flowing.
     pub(super) async fn set_up(
         &self,
@@ -220,8 +230,12 @@ impl Wanted {
         }: Part,
         mut streams: Files,
     ) -> Result<Created, TaskError> {
-        self.hooks.before_creation().await?;
         let id = self.id.as_str();
+        // Hooks and supervisors may take their time, but not that of a sandbox which is being stopped.
+        let seccomp = tokio::select! {
+            prepared = self.prepared() => prepared?,
+            how = sandbox.ended() => return Err(SandboxError::Ended(how).into()),
+        };
         let limits = Limits::new(&self.bundle.spec, bounds);
         sandbox.admit(id, limits.needs()).await?;
         let found = volumes.find(share, id, &files);
@@ -232,13 +246,7 @@ impl Wanted {
             network,
             shared_memory_bytes,
             activation: Activation::default(),
-            seccomp: match &self.hooks.supervisor {
-                Some(supervisor) => {
-                    let subject = self.hooks.subject(Status::Creating);
-                    Some(supervisor.reach().await?.engage(subject).await?)
-                }
-                None => None,
-            },
+            seccomp,
             volumes: volumes::listings(&found),
             holds: self.holds,
             disks,
@@ -257,10 +265,8 @@ impl Wanted {
                 guest_pid: started.pid,
             }),
             Err(error) => {
-                // It must not stay in a sandbox that lives on. What fails here fails because the sandbox is ending.
-                let _ = sandbox.signal(id, INIT, KILL, true).await;
-                let _ = sandbox.wait(id, INIT).await;
-                let _ = sandbox.delete(id).await;
+                // It must not stay in a sandbox that lives on.
+                sandbox.destroy(id).await;
                 volumes.forget(id);
                 Err(error)
             }
