@@ -2,19 +2,14 @@
 
 use std::os::fd::AsFd;
 
-use caisson_agent_api as api;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
 
-use super::{Change, Network, NetworkError, Plug};
-use crate::{
-    error::message,
-    sandbox::{Sandbox, SandboxError},
-    watched::watch,
-};
+use super::{Network, NetworkError, change::carry_out};
+use crate::{error::message, sandbox::Sandbox, watched::watch};
 
 /// How many commands may wait for a settled network at once.
 const ASKERS: usize = 16;
@@ -71,7 +66,7 @@ pub async fn follow(
         };
         match network.change() {
             Ok(Some(change)) => {
-                if let Err(error) = change.carry_out(&sandbox, &id).await {
+                for error in carry_out(&mut network, change, &sandbox, &id).await {
                     complain(&format!(
                         "the guest does not follow a change of the network: {}",
                         message(&error)
@@ -116,40 +111,4 @@ impl Network {
             .and_then(|socket| watch(socket, Interest::READABLE))
             .map_err(super::host("watch the network namespace"))
     }
-}
-
-impl Change {
-    /// Has the virtual machine and its agent follow.
-    async fn carry_out(self, sandbox: &Sandbox, id: &str) -> Result<(), SandboxError> {
-        let Self {
-            plugs,
-            guest,
-            unplugs,
-        } = self;
-        plug(plugs, sandbox).await?;
-        let followed = if guest == api::Network::default() {
-            Ok(())
-        } else {
-            sandbox.update_network(id, guest).await
-        };
-        for slot in unplugs {
-            sandbox.unplug(slot).await?;
-        }
-        followed
-    }
-
-    /// The virtual machine's part, before there is a container whose agent could be told.
-    pub async fn plug(self, sandbox: &Sandbox) -> Result<(), SandboxError> {
-        for slot in self.unplugs {
-            sandbox.unplug(slot).await?;
-        }
-        plug(self.plugs, sandbox).await
-    }
-}
-
-async fn plug(plugs: Vec<Plug>, sandbox: &Sandbox) -> Result<(), SandboxError> {
-    for plug in plugs {
-        sandbox.plug(plug).await?;
-    }
-    Ok(())
 }

@@ -9,6 +9,7 @@
 //! | `loopback.rs`, `bpf.rs` | what connects to the namespace's loopback addresses is connected to the guest's |
 //! | `limits.rs` | what passes there, in tc's words (pure) |
 //! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
+//! | `change.rs` | what a change on the host means for the virtual machine and the guest |
 //! | `follow.rs` | the guest follows while the container lives |
 //! | `outside.rs`, `passt.rs` | without a namespace: a user-mode network that looks like the host's |
 //!
@@ -19,6 +20,7 @@
 //! Not here: the devices (the VMM), what the guest does with the list (the agent).
 
 mod bpf;
+mod change;
 mod follow;
 mod joint;
 mod limits;
@@ -44,6 +46,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    change::Change,
     follow::{Askers, Follower, Following, follow, follow_in_background},
     limits::{Limits, Rate},
     loopback::{Forwarding, Loopback},
@@ -136,17 +139,6 @@ pub struct Plug {
     pub vhost: Option<OwnedFd>,
 }
 
-/// What a change on the host means for the virtual machine, in this order.
-#[derive(Debug, Default)]
-pub struct Change {
-    /// To be plugged in.
-    pub plugs: Vec<Plug>,
-    /// For the agent.
-    pub guest: api::Network,
-    /// To be unplugged.
-    pub unplugs: Vec<u8>,
-}
-
 /// The interface in one of the virtual machine's slots.
 #[derive(Debug)]
 struct Occupant {
@@ -200,6 +192,8 @@ pub struct Network {
     inside: bool,
     record: PathBuf,
     complaints: Vec<String>,
+    /// Interfaces that are there and could not be connected.
+    failed: Vec<u32>,
     /// Ended when dropped.
     user: Option<UserNetwork>,
 }
@@ -271,6 +265,7 @@ impl Network {
             inside: true,
             record: state_dir.join(RECORD),
             complaints: Vec::new(),
+            failed: Vec::new(),
             user: None,
         }
     }
@@ -331,121 +326,60 @@ impl Network {
         self.guest(View::default().difference(&self.view), &self.view)
     }
 
-    /// What has changed since the last look, if anything.
-    pub fn change(&mut self) -> Result<Option<Change>, NetworkError> {
-        if !self.notices.take() {
-            return Ok(None);
-        }
-        let mut next = self.look()?;
-        let difference = self.within_slots(&mut next);
-        if difference.is_none() {
-            self.view = next;
-            return Ok(None);
-        }
-        let mut change = Change::default();
-        for (slot, place) in (0..).zip(&mut self.slots) {
-            if let Some(gone) = place.take_if(|it| difference.gone.contains(&it.index)) {
-                change.unplugs.push(slot);
-                drop(gone);
-            }
-        }
-        for index in &difference.resized {
-            let occupant = self.slots.iter().flatten().find(|it| it.index == *index);
-            if let (Some(occupant), Some(now)) = (occupant, next.interfaces.get(index)) {
-                let joint = occupant.joint.as_ref();
-                joint
-                    .map_or(Ok(()), |joint| joint.resize(now.mtu))
-                    .map_err(host("set a tap's MTU"))?;
-            }
-        }
-        for index in &difference.readdressed {
-            let occupant = self.slots.iter().flatten().find(|it| it.index == *index);
-            if let (Some(occupant), Some(now)) = (occupant, next.interfaces.get(index)) {
-                let joint = occupant.joint.as_ref();
-                joint
-                    .map_or(Ok(()), |joint| joint.readdress(now.mac))
-                    .map_err(host("let an interface's new address through"))?;
-            }
-        }
-        change.plugs = self.connect(&next, &difference.appeared)?;
-        // Only now: what has just come is plugged in before these are unplugged.
-        for slot in &change.unplugs {
-            self.places.give_back(*slot);
-        }
-        change.guest = self.guest(difference, &next);
-        change.guest.gone = change.unplugs.iter().map(|slot| device(*slot)).collect();
-        self.view = next;
-        Ok(Some(change))
-    }
-
     /// What could not be done as it is on the host, since this was asked last.
     pub fn complaints(&mut self) -> Vec<String> {
         std::mem::take(&mut self.complaints)
     }
 
-    /// How the virtual machine's view becomes `next`, from which those interfaces are taken that find no free slot.
-    fn within_slots(&mut self, next: &mut View) -> Difference {
-        let difference = self.view.difference(next);
-        let free = self.places.free();
-        if difference.appeared.len() <= free {
-            return difference;
-        }
-        for index in difference.appeared.iter().skip(free) {
-            if let Some(Interface { name, .. }) = next.forget(*index) {
-                self.complain(&NetworkError::Full { name });
-            }
-        }
-        self.view.difference(next)
-    }
-
-    /// Joins interfaces to new taps, each in the first free slot.
+    /// Joins interfaces to new taps.
     fn connect(&mut self, view: &View, indexes: &[u32]) -> Result<Vec<Plug>, NetworkError> {
-        let mut plugs = Vec::new();
-        for index in indexes {
-            let Some(interface) = view.interfaces.get(index) else {
-                continue;
-            };
-            let name = || interface.name.clone();
-            let slot = self.places.take_first();
-            let slot = slot.ok_or_else(|| NetworkError::Full { name: name() })?;
-            let free = usize::from(slot);
-            let (index, mac) = (*index, interface.mac);
-            if let Some(user) = self.user.as_mut().filter(|it| it.outside.index == index) {
-                let tap = user.passt.socket(&user.outside)?;
-                let kind = NetworkKind::Stream;
-                self.slots[free] = Some(Occupant { index, joint: None });
-                plugs.push(Plug {
-                    slot,
-                    mac,
-                    tap,
-                    kind,
-                    vhost: None,
-                });
-                continue;
-            }
-            let made = self
-                .tap()
-                .and_then(|tap| Joint::make(&self.socket, index, interface, tap, self.limits));
-            let (joint, tap) = made.map_err(|source| {
-                self.places.give_back(slot);
-                let name = name();
-                NetworkError::Connect { name, source }
-            })?;
-            let joint = Some(joint);
-            self.slots[free] = Some(Occupant { index, joint });
-            let kind = NetworkKind::Tap;
-            let vhost = if self.vhost { open_vhost() } else { None };
-            plugs.push(Plug {
-                slot,
-                mac,
-                tap,
-                kind,
-                vhost,
-            });
-        }
+        let interfaces = indexes
+            .iter()
+            .filter_map(|index| Some((*index, view.interfaces.get(index)?)));
+        let plugs = interfaces
+            .map(|(index, interface)| self.connect_one(index, interface))
+            .collect::<Result<_, _>>()?;
         self.keep_record()
             .map_err(host("write down what is connected"))?;
         Ok(plugs)
+    }
+
+    /// Joins an interface to a new tap, in the first free slot.
+    fn connect_one(&mut self, index: u32, interface: &Interface) -> Result<Plug, NetworkError> {
+        let slot = self.places.take_first();
+        let slot = slot.ok_or_else(|| NetworkError::Full {
+            name: interface.name.clone(),
+        })?;
+        let made = self.join_up(index, interface);
+        let (joint, tap, kind) = made.inspect_err(|_| self.places.give_back(slot))?;
+        let vhost = (self.vhost && kind == NetworkKind::Tap).then(open_vhost);
+        self.slots[usize::from(slot)] = Some(Occupant { index, joint });
+        Ok(Plug {
+            slot,
+            mac: interface.mac,
+            tap,
+            kind,
+            vhost: vhost.flatten(),
+        })
+    }
+
+    fn join_up(
+        &mut self,
+        index: u32,
+        interface: &Interface,
+    ) -> Result<(Option<Joint>, OwnedFd, NetworkKind), NetworkError> {
+        if let Some(user) = self.user.as_mut().filter(|it| it.outside.index == index) {
+            let socket = user.passt.socket(&user.outside)?;
+            return Ok((None, socket, NetworkKind::Stream));
+        }
+        let made = self
+            .tap()
+            .and_then(|tap| Joint::make(&self.socket, index, interface, tap, self.limits));
+        let (joint, tap) = made.map_err(|source| NetworkError::Connect {
+            name: interface.name.clone(),
+            source,
+        })?;
+        Ok((Some(joint), tap, NetworkKind::Tap))
     }
 
     /// Writes down for [`clear`] what would be left if this process were killed.
