@@ -2,6 +2,7 @@
 //!
 //! The binary `caisson` is a thin door to this library: `cli` says what was asked, `commands` does it.
 
+mod accepting;
 pub mod agent;
 pub mod boot;
 pub mod bundle;

@@ -3,12 +3,9 @@
 //! The bytes do not pass through this process: the VMM is given the accepted socket, and joins it to a vsock port on
 //! which the agent listens.
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, sync::Arc};
 
-use rustix::net::{SocketFlags, accept_with};
-use tokio::io::Interest;
-
-use crate::{sandbox::Sandbox, watched::watch};
+use crate::{accepting::Listening, log::Log, sandbox::Sandbox};
 
 /// A listening socket of the host.
 #[derive(Debug)]
@@ -21,26 +18,19 @@ pub(super) struct Door {
 
 impl Door {
     /// Serves until the sandbox ends.
-    pub(super) async fn serve(self, sandbox: Sandbox) {
+    pub(super) async fn serve(self, sandbox: Sandbox, log: Option<Arc<Log>>) {
         let Self { socket, port } = self;
-        let Ok(socket) = rustix::io::ioctl_fionbio(&socket, true)
+        let complain = |text: &str| log.iter().for_each(|log| log.warning(text));
+        let listening = rustix::io::ioctl_fionbio(&socket, true)
             .map_err(Into::into)
-            .and_then(|()| watch(socket, Interest::READABLE))
-        else {
-            return;
+            .and_then(|()| Listening::new(socket));
+        let mut listening = match listening {
+            Ok(listening) => listening,
+            Err(error) => return complain(&format!("accept connections: {error}")),
         };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        loop {
-            let accepted = socket.async_io(Interest::READABLE, |fd| Ok(accept_with(fd, flags)?));
-            match accepted.await {
-                Ok(connection) => {
-                    if sandbox.connect(port, connection).await.is_err() {
-                        return;
-                    }
-                }
-                // The peer has gone before it was its turn.
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-                Err(_) => return,
+        while let Some(connection) = listening.accept(complain).await {
+            if sandbox.connect(port, connection).await.is_err() {
+                return;
             }
         }
     }

@@ -255,7 +255,7 @@ impl Live {
         });
         let mut open = JoinSet::new();
         for door in doors {
-            open.spawn(door.serve(sandbox.clone()));
+            open.spawn(door.serve(sandbox.clone(), log.clone()));
         }
         let end = end_of(&sandbox, &id, progress, preserved);
         tokio::pin!(end);

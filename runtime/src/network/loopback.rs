@@ -21,19 +21,15 @@ use std::{
 use rustix::{
     fs::{Mode, OFlags},
     net::{
-        AddressFamily, SocketFlags, SocketType, accept_with, bind, getsockname, listen,
-        socket_with, sockopt,
+        AddressFamily, SocketFlags, SocketType, bind, getsockname, listen, socket_with, sockopt,
     },
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    task::JoinSet,
-};
+use tokio::task::JoinSet;
 
 use super::bpf::Lookup;
 use crate::{
+    accepting::Listening,
     sandbox::{Sandbox, SandboxError},
-    watched::watch,
 };
 
 /// How many connections may wait to be accepted.
@@ -73,7 +69,7 @@ impl Loopback {
     pub fn serve(self, sandbox: &Sandbox, id: &str) -> io::Result<Forwarding> {
         let mut tasks = JoinSet::new();
         for socket in self.sockets {
-            let socket = watch(socket, Interest::READABLE)?;
+            let socket = Listening::new(socket)?;
             tasks.spawn(serve(socket, sandbox.clone(), id.to_owned()));
         }
         Ok(Forwarding {
@@ -100,24 +96,19 @@ fn listening(address: SocketAddr) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-async fn serve(socket: AsyncFd<OwnedFd>, sandbox: Sandbox, id: String) {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+async fn serve(mut socket: Listening, sandbox: Sandbox, id: String) {
+    let complain = |text: &str| eprintln!("caisson: port-forward to {id}: {text}");
     let mut dialling = JoinSet::new();
     loop {
-        let accepted = socket.async_io(Interest::READABLE, |fd| Ok(accept_with(fd, flags)?));
         tokio::select! {
-            accepted = accepted, if dialling.len() < MOST_DIALLING => match accepted {
-                Ok(connection) => {
-                    let (sandbox, id) = (sandbox.clone(), id.clone());
-                    dialling.spawn(async move {
-                        // The connection's reset is what its maker hears.
-                        let _ = forward(connection, &sandbox, &id).await;
-                    });
-                }
-                // Its maker has gone before it was its turn.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(_) => return,
-            },
+            accepted = socket.accept(complain), if dialling.len() < MOST_DIALLING => {
+                let Some(connection) = accepted else { return };
+                let (sandbox, id) = (sandbox.clone(), id.clone());
+                dialling.spawn(async move {
+                    // The connection's reset is what its maker hears.
+                    let _ = forward(connection, &sandbox, &id).await;
+                });
+            }
             Some(_) = dialling.join_next() => {}
         }
     }
@@ -147,10 +138,9 @@ mod tests {
         let socket = listening((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let at = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
         let maker = TcpStream::connect(at).unwrap();
-        let socket = watch(socket, Interest::READABLE).unwrap();
-        let flags = SocketFlags::CLOEXEC;
-        let accepted = socket.async_io(Interest::READABLE, |fd| Ok(accept_with(fd, flags)?));
-        let meant = getsockname(accepted.await.unwrap()).unwrap();
+        let mut socket = Listening::new(socket).unwrap();
+        let accepted = socket.accept(|text| panic!("{text}")).await;
+        let meant = getsockname(accepted.unwrap()).unwrap();
         assert_eq!(SocketAddr::try_from(meant).unwrap(), at);
         drop(maker);
     }
