@@ -10,7 +10,8 @@
 //! its own for its links; the files stay in the share. Every other mount is the host's directory itself.
 //! Contract: a directory is watched before it is read, and read again as a whole after every notice: nothing is lost, and
 //! whatever happens while the guest is told becomes one change. What a directory lists is bounded ([`ROOM`]); one that is
-//! larger from the start is left a plain bind mount. Failures here never end a container: they are complained of.
+//! larger from the start is left a plain bind mount. Failures here never end a container: they are complained of, once
+//! for each volume until it can be followed again.
 //! Not here: what becomes of it in the guest (the agent's `volumes.rs`).
 
 mod listing;
@@ -66,6 +67,8 @@ pub struct Volume {
     dir: OwnedFd,
     /// What the guest has been told.
     told: Listing,
+    /// The last attempt to tell it has failed.
+    fails: bool,
     _watch: Watch,
 }
 
@@ -153,6 +156,7 @@ impl Follower {
         let volume = Volume {
             dir,
             told: listing,
+            fails: false,
             _watch: watch,
         };
         Ok(Some((volume, bytes)))
@@ -254,7 +258,8 @@ impl Task {
                 },
             }
             for (id, volume) in &mut self.followed {
-                if let Err(error) = volume.tell(&self.sandbox, id).await {
+                let told = volume.tell(&self.sandbox, id).await;
+                if let Some(error) = news(&mut volume.fails, told) {
                     (self.complain)(id, &message(&error));
                 }
             }
@@ -282,6 +287,12 @@ impl Volume {
         }
         Ok(())
     }
+}
+
+/// What is to be complained of: the first failure, until it works again.
+fn news<E>(fails: &mut bool, done: Result<(), E>) -> Option<E> {
+    let failed = std::mem::replace(fails, done.is_err());
+    done.err().filter(|_| !failed)
 }
 
 /// Whether there is no container any more that could follow.
@@ -325,5 +336,15 @@ mod tests {
         fs::create_dir(&data).unwrap();
         assert!(!has_data(dir.path()));
         assert!(!has_data(&dir.path().join("missing")));
+    }
+
+    #[test]
+    fn a_volume_that_cannot_be_followed_is_complained_of_once_until_it_can() {
+        let mut fails = false;
+        let mut said = |done| news(&mut fails, done);
+        assert_eq!(said(Err(1)), Some(1));
+        assert_eq!(said(Err(2)), None);
+        assert_eq!(said(Ok(())), None);
+        assert_eq!(said(Err(3)), Some(3));
     }
 }
