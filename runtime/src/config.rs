@@ -369,7 +369,7 @@ mod tests {
             .map(|line| format!("{line}\n"))
             .collect();
         assert_eq!(parse(&uncommented).unwrap(), Config::default());
-        assert_eq!(uncommented.lines().count(), 29);
+        assert_eq!(uncommented.lines().count(), 30);
     }
 
     #[test]
