@@ -254,16 +254,22 @@ fn limits_change_while_a_container_runs() {
     let id = pod.run(config);
     let now = || node.said(&id, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max");
     assert_eq!(now(), format!("{}\n50000 100000", 64 << 20));
-    let request = UpdateContainerResourcesRequest {
-        container_id: id.clone(),
-        linux: Some(limits(96, 80_000)),
-        ..Default::default()
+    let change = |linux| {
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.clone(),
+            linux: Some(linux),
+            ..Default::default()
+        };
+        let changed = node
+            .cri
+            .answer(node.cri.runtime().update_container_resources(request));
+        changed.expect("UpdateContainerResources");
     };
-    let changed = node
-        .cri
-        .answer(node.cri.runtime().update_container_resources(request));
-    changed.expect("UpdateContainerResources");
+    change(limits(96, 80_000));
     assert_eq!(now(), format!("{}\n80000 100000", 96 << 20));
+    // More than a pod's machine has at first.
+    change(limits(400, 80_000));
+    node.said(&id, "dd if=/dev/zero of=/dev/null bs=300M count=1");
     pod.end();
 }
 

@@ -13,6 +13,7 @@ mod config;
 mod cri;
 mod cri_costs;
 mod cri_deaths;
+mod cri_devices;
 mod cri_many;
 mod cri_overhead;
 mod cri_pods;

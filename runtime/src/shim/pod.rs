@@ -13,9 +13,7 @@ use std::{
 };
 
 use caisson_agent_api::SHM_MOUNT;
-use oci_spec::runtime::{
-    LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources, Mount, Spec,
-};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources, Mount, Spec};
 use serde::Deserialize;
 
 use crate::guest_spec::HostFiles;
