@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     control::{Answer, Control, ControlError, Request, read_attached},
     forwarded::{Signals, WINDOW_CHANGE},
-    monitor::{Report, inherited_socket, runtime},
+    monitor::{Report, Task},
     packet::{self, Packets},
     preserved,
     stdio::{self, Progress},
@@ -222,16 +222,15 @@ fn with_terminal(order: &Order, caller: Stdio) -> Result<(Stdio, Option<OwnedFd>
 
 /// The whole life of the process behind `exec --detach`.
 pub fn main() -> ExitCode {
-    let Ok(socket) = inherited_socket() else {
+    let Some(task) = Task::<Order>::take() else {
         return ExitCode::FAILURE;
     };
-    // Without an order there is nobody who could be told.
-    let Ok(Some((order, fds))) = packet::receive::<Order>(socket.as_fd()) else {
-        return ExitCode::FAILURE;
-    };
-    let Ok(runtime) = runtime() else {
-        return ExitCode::FAILURE;
-    };
+    let Task {
+        socket,
+        order,
+        fds,
+        runtime,
+    } = task;
     runtime.block_on(async {
         let (report, followed) = match begin(&order, fds) {
             Ok((session, signals)) => (

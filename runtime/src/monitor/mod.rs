@@ -25,6 +25,8 @@ use std::{
     process::ExitCode,
 };
 
+use serde::de::DeserializeOwned;
+
 pub use self::{
     hooks::{HostHooks, hook_state, oci_state},
     order::{Go, Order, Program, Report, StartError, Supervised, is_abandoned},
@@ -54,18 +56,42 @@ pub(crate) fn runtime() -> io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
+/// What a process of this program has been left behind to do.
+pub(crate) struct Task<O> {
+    /// To whoever ordered it.
+    pub(crate) socket: OwnedFd,
+    pub(crate) order: O,
+    /// What came with the order.
+    pub(crate) fds: Vec<OwnedFd>,
+    pub(crate) runtime: tokio::runtime::Runtime,
+}
+
+impl<O: DeserializeOwned> Task<O> {
+    /// Takes the order from the inherited socket. Without one there is nobody who could be told.
+    pub(crate) fn take() -> Option<Self> {
+        let socket = inherited_socket().ok()?;
+        let (order, fds) = packet::receive(socket.as_fd()).ok()??;
+        let runtime = runtime().ok()?;
+        Some(Self {
+            socket,
+            order,
+            fds,
+            runtime,
+        })
+    }
+}
+
 /// The whole life of a monitor.
 pub fn main() -> ExitCode {
-    let Ok(socket) = inherited_socket() else {
+    let Some(task) = Task::<Order>::take() else {
         return ExitCode::FAILURE;
     };
-    // Without an order there is nobody who could be told.
-    let Ok(Some((order, fds))) = packet::receive::<Order>(socket.as_fd()) else {
-        return ExitCode::FAILURE;
-    };
-    let Ok(runtime) = runtime() else {
-        return ExitCode::FAILURE;
-    };
+    let Task {
+        socket,
+        order,
+        fds,
+        runtime,
+    } = task;
     runtime.block_on(async {
         let Ok(report) = Packets::new(socket) else {
             return ExitCode::FAILURE;

@@ -45,7 +45,10 @@ pub(super) struct Publisher {
 
 /// The task that sends them.
 #[derive(Debug)]
-pub(super) struct Sending(JoinHandle<()>);
+pub(super) struct Sending {
+    task: JoinHandle<()>,
+    over: Arc<Notify>,
+}
 
 /// Starts sending to the socket `address` (`unix:///path` or a path). Must be called inside a runtime.
 pub(super) fn publisher(address: &str, namespace: &str, log: Logger) -> (Publisher, Sending) {
@@ -55,14 +58,16 @@ pub(super) fn publisher(address: &str, namespace: &str, log: Logger) -> (Publish
         true => address.to_owned(),
         false => format!("unix://{address}"),
     };
-    let sending = tokio::spawn(send_all(address, waiting, Arc::clone(&awake), log.clone()));
+    let over = Arc::new(Notify::new());
+    let ends = (Arc::clone(&awake), Arc::clone(&over));
+    let task = tokio::spawn(send_all(address, waiting, ends, log.clone()));
     let publisher = Publisher {
         namespace: namespace.to_owned(),
         queue,
         awake,
         log,
     };
-    (publisher, Sending(sending))
+    (publisher, Sending { task, over })
 }
 
 impl Publisher {
@@ -96,21 +101,30 @@ impl Publisher {
 }
 
 impl Sending {
-    /// Waits until everything is sent; the publisher must be gone.
+    /// Waits until everything is sent that has been handed in; nothing more is taken, whoever still has the publisher.
     pub(super) async fn finish(self) {
+        self.over.notify_one();
         // What containerd does not take now it will not miss: it asks for what it needs when it is back.
-        let _ = timeout(LAST_EVENTS, self.0).await;
+        let _ = timeout(LAST_EVENTS, self.task).await;
     }
 }
 
 async fn send_all(
     address: String,
     mut waiting: mpsc::Receiver<Envelope>,
-    awake: Arc<Notify>,
+    (awake, over): (Arc<Notify>, Arc<Notify>),
     log: Logger,
 ) {
     let mut client = None;
-    while let Some(envelope) = waiting.recv().await {
+    loop {
+        let envelope = tokio::select! {
+            envelope = waiting.recv() => envelope,
+            () = over.notified() => {
+                waiting.close();
+                continue;
+            }
+        };
+        let Some(envelope) = envelope else { return };
         let mut pause = PAUSES.0;
         let topic = envelope.topic.clone();
         let request = ForwardRequest {
@@ -200,5 +214,14 @@ mod tests {
         );
         drop(publisher);
         sending.finish().await;
+    }
+
+    #[tokio::test]
+    async fn the_end_does_not_wait_for_whoever_still_has_the_publisher() {
+        let (publisher, sending) = publisher("/nowhere", "ns", Logger::silent());
+        let ended = timeout(LAST_EVENTS / 2, sending.finish()).await;
+        assert!(ended.is_ok());
+        // Nobody takes it any more.
+        publisher.publish("/tasks/exit", &TaskExit::default());
     }
 }
