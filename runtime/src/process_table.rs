@@ -3,8 +3,11 @@
 //! Contract: the guest's texts are parsed into numbers and plain names here ([`Table::add`]); what is laid out for `ps`
 //! ([`Table::lay_out`]) is written anew from those, so that no byte of the guest's reaches a program of the host
 //! unchecked. Processes that were not asked for are refused.
-//! Not here: the mount namespace in which that directory stands for /proc (`commands/ps.rs`).
+//! Not here: the mount namespace in which that directory stands for /proc (`commands/ps.rs`), the same with the numbers
+//! that processes have in their container (`process_table/inside.rs`).
 //! Spec: proc(5).
+
+mod inside;
 
 use std::{
     cmp::Reverse,
@@ -84,7 +87,7 @@ pub struct Table {
 
 /// One process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Process {
+pub(crate) struct Process {
     pid: u32,
     name: String,
     state: char,
@@ -134,31 +137,29 @@ impl Table {
         self.processes.iter().map(|process| process.pid)
     }
 
+    /// The process of this number.
+    pub(crate) fn process(&self, pid: u32) -> Option<&Process> {
+        self.processes.iter().find(|process| process.pid == pid)
+    }
+
+    /// Files of /proc about the guest as a whole.
+    pub(crate) fn system_files(&self) -> [(&'static str, String); 3] {
+        self.system.files()
+    }
+
     /// Writes files like those of /proc into an empty directory. Process 1 is the reader itself, as `reader` describes it
     /// (`stat` and `status`): `ps` asks who it is. In a guest that is the agent, which belongs to no container.
     pub fn lay_out(&self, dir: &Path, reader: (&str, &str)) -> io::Result<()> {
-        let System {
-            uptime_centiseconds,
-            booted,
-            memory_kib,
-        } = &self.system;
-        let (seconds, part) = (uptime_centiseconds / 100, uptime_centiseconds % 100);
         let put = |name: &str, text: &str| fs::write(dir.join(name), text);
-        put("uptime", &format!("{seconds}.{part:02} 0.00\n"))?;
+        for (name, text) in self.system.files() {
+            put(name, &text)?;
+        }
         // Without a CPU like this one `ps` of procps 4 does not look for the time of boot.
         put(
             "cpuinfo",
             "processor\t: 0\ncore id\t\t: 0\napicid\t\t: 0\n\n",
         )?;
         put("loadavg", "0.00 0.00 0.00 1/1 1\n")?;
-        put(
-            "stat",
-            &format!("cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\nbtime {booted}\n"),
-        )?;
-        put(
-            "meminfo",
-            &format!("MemTotal: {memory_kib} kB\nMemFree: 0 kB\nMemAvailable: 0 kB\n"),
-        )?;
         for inner in ["self", "1", "tty", "sys/kernel"] {
             fs::create_dir_all(dir.join(inner))?;
         }
@@ -183,6 +184,24 @@ impl Table {
 }
 
 impl System {
+    fn files(&self) -> [(&'static str, String); 3] {
+        let Self {
+            uptime_centiseconds,
+            booted,
+            memory_kib,
+        } = self;
+        let (seconds, part) = (uptime_centiseconds / 100, uptime_centiseconds % 100);
+        let cpus = "cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\n";
+        [
+            ("uptime", format!("{seconds}.{part:02} 0.00\n")),
+            ("stat", format!("{cpus}btime {booted}\n")),
+            (
+                "meminfo",
+                format!("MemTotal: {memory_kib} kB\nMemFree: 0 kB\nMemAvailable: 0 kB\n"),
+            ),
+        ]
+    }
+
     fn parse(files: &[TextFile]) -> Result<Self, TableError> {
         let text = |name: &str| {
             let file = files.iter().find(|file| file.name == name);
@@ -265,31 +284,43 @@ impl Process {
         })
     }
 
-    fn lay_out(&self, proc: &Path) -> io::Result<()> {
+    /// Effective user and group.
+    pub(crate) fn owner(&self) -> (u32, u32) {
+        self.owner
+    }
+
+    /// Its files below /proc/PID, in the order in which they are listed.
+    pub(crate) fn files(&self) -> [(&'static str, String); 3] {
         let Self {
             pid,
             name,
             state,
             numbers,
-            owner: (uid, gid),
             status,
             command,
+            ..
         } = self;
-        let dir = proc.join(pid.to_string());
-        fs::DirBuilder::new().mode(0o555).create(&dir)?;
         let numbers: Vec<String> = numbers.iter().map(i128::to_string).collect();
-        fs::write(
-            dir.join("stat"),
-            format!("{pid} ({name}) {state} {}\n", numbers.join(" ")),
-        )?;
-        let status = status.join("\n");
-        fs::write(
-            dir.join("status"),
-            format!("Name:\t{name}\nState:\t{state}\n{status}\n"),
-        )?;
-        fs::write(dir.join("cmdline"), command)?;
+        let (numbers, status) = (numbers.join(" "), status.join("\n"));
+        [
+            ("stat", format!("{pid} ({name}) {state} {numbers}\n")),
+            (
+                "status",
+                format!("Name:\t{name}\nState:\t{state}\n{status}\n"),
+            ),
+            ("cmdline", command.clone()),
+        ]
+    }
+
+    fn lay_out(&self, proc: &Path) -> io::Result<()> {
+        let dir = proc.join(self.pid.to_string());
+        fs::DirBuilder::new().mode(0o555).create(&dir)?;
+        for (name, text) in self.files() {
+            fs::write(dir.join(name), text)?;
+        }
         // The effective user of a process owns its directory, and this is where `ps` looks.
-        match chown(&dir, Some(*uid), Some(*gid)) {
+        let (uid, gid) = self.owner;
+        match chown(&dir, Some(uid), Some(gid)) {
             // An ordinary user's `ps` knows no other users: they are his, there.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
             other => other,
@@ -314,7 +345,7 @@ fn printable(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn text(pid: i32, stat: &str, status: &str, cmdline: &str) -> ProcessText {
@@ -358,10 +389,21 @@ mod tests {
         }
     }
 
+    /// A table with these processes.
+    pub(crate) fn table(pids: &[i32]) -> Table {
+        let mut table = Table::default();
+        let asked: Vec<u32> = pids
+            .iter()
+            .map(|pid| u32::try_from(*pid).unwrap())
+            .collect();
+        let sleepers = pids.iter().map(|pid| sleeper(*pid)).collect();
+        table.add(answer(sleepers), &asked).unwrap();
+        table
+    }
+
     #[test]
     fn what_is_laid_out_is_written_anew_from_checked_numbers() {
-        let mut table = Table::default();
-        table.add(answer(vec![sleeper(71)]), &[70, 71]).unwrap();
+        let mut table = table(&[71]);
         // Only root may give directories away.
         table.processes[0].owner = (
             rustix::process::geteuid().as_raw(),

@@ -56,6 +56,12 @@ pub struct Place {
     pub shared: Option<usize>,
 }
 
+impl Place {
+    fn is_of_processes(&self) -> bool {
+        self.shared.is_none() && self.destination == Path::new("/proc")
+    }
+}
+
 /// The mounts of a specification whose host's part is `files`.
 pub fn places(spec: &Spec, files: &HostFiles) -> Vec<Place> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
@@ -78,8 +84,14 @@ pub struct View {
 }
 
 impl View {
-    /// Makes the namespace for a container and puts the calling thread into it.
-    pub fn enter(share: &Share, id: &str, places: &[Place]) -> Result<Self, ViewError> {
+    /// Makes the namespace for a container and puts the calling thread into it. `processes` is a mount for the place of
+    /// its /proc.
+    pub fn enter(
+        share: &Share,
+        id: &str,
+        places: &[Place],
+        processes: Option<OwnedFd>,
+    ) -> Result<Self, ViewError> {
         let host = rustix::fs::open("/", DIRECTORY, Mode::empty()).step("open the root")?;
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let sandbox = rustix::fs::open("/proc/thread-self/ns/mnt", flags, Mode::empty())
@@ -101,8 +113,15 @@ impl View {
         move_to(cover.as_fd(), CWD, share.path()).step("mount the empty directory")?;
         move_to(root.as_fd(), CWD, Path::new("/")).step("mount the root file system")?;
         for (place, bind) in places.iter().zip(binds) {
-            let tree = bind.map_or_else(|| clone_of(cover.as_fd()), Ok);
-            tree.and_then(|tree| attach(root.as_fd(), &place.destination, tree.as_fd()))
+            let own = processes.as_ref().filter(|_| place.is_of_processes());
+            let tree = match (bind, own) {
+                (Some(bind), _) => Ok(bind),
+                // It is mounted nowhere else.
+                (None, Some(own)) => own.try_clone(),
+                (None, None) => clone_of(cover.as_fd()).map_err(io::Error::from),
+            };
+            let tree = tree.step("copy the empty directory")?;
+            attach(root.as_fd(), &place.destination, tree.as_fd())
                 .step("mount at a destination")?;
         }
         rustix::process::fchdir(&root).step("enter the root file system")?;
@@ -190,11 +209,11 @@ trait Step<T> {
     fn step(self, step: &'static str) -> Result<T, ViewError>;
 }
 
-impl<T> Step<T> for rustix::io::Result<T> {
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     fn step(self, step: &'static str) -> Result<T, ViewError> {
-        self.map_err(|errno| ViewError {
+        self.map_err(|error| ViewError {
             step,
-            source: errno.into(),
+            source: error.into(),
         })
     }
 }

@@ -39,15 +39,47 @@ fn a_health_check_runs_in_the_container() {
 }
 
 #[test]
-fn top_asks_ps_in_the_container() {
+fn top_shows_the_containers_processes() {
     let engine = Engine::podman();
-    engine.start("top", [], "echo ready; exec sleep 1000");
+    let script = "sleep 1001 & su user -c 'exec sleep 1002' & until ps | grep -q '[s]leep 1002'; do :; done; \
+                  echo ready; exec sleep 1000";
+    engine.start("top", [], script);
+    // As podman reads /proc itself, in the order of the numbers.
+    let seen = rows(&engine.ok(["top", "top", "pid", "ppid", "user", "args"]));
+    let own = |row: &Vec<String>| row[1..3].join(" ") + " " + &row[3..].join(" ");
+    assert_eq!(seen[0].join(" "), "PID PPID USER COMMAND");
+    assert_eq!(
+        (seen[1][0].as_str(), own(&seen[1]).as_str()),
+        ("1", "0 root sleep 1000")
+    );
+    assert_eq!(own(&seen[2]), "1 root sleep 1001");
+    assert_eq!(own(&seen[3]), "1 user sleep 1002");
+    assert_eq!(seen.len(), 4, "{seen:?}");
+    let table = rows(&engine.ok(["top", "top"]));
+    let title = "USER PID PPID %CPU ELAPSED TTY TIME COMMAND";
+    assert_eq!(table[0].join(" "), title);
+    assert_eq!(table[1][..3].join(" "), "root 1 0");
+    assert!(
+        table[1].ends_with(&["sleep".to_owned(), "1000".to_owned()]),
+        "{table:?}"
+    );
+    // What comes is seen at once.
+    engine.ok(["exec", "-d", "top", "sleep", "1003"]);
+    let seen = engine.ok(["top", "top", "args"]);
+    assert!(seen.contains("sleep 1003"), "{seen}");
+    // And as `ps` in the container sees it.
     let table = engine.ok(["top", "top", "-o", "pid,comm"]);
     assert!(
         table.lines().any(|line| line.trim() == "1 sleep"),
         "{table}"
     );
     engine.remove("top");
+}
+
+/// The words of a table's lines.
+fn rows(table: &str) -> Vec<Vec<String>> {
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+    table.lines().map(words).collect()
 }
 
 #[test]

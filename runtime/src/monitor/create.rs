@@ -26,6 +26,7 @@ use crate::{
     config::Config,
     control::Listener,
     disks::{self, Disk},
+    error::message,
     forwarded::Signals,
     guest_spec::{self, HostFiles},
     huge_pages::HugePages,
@@ -33,8 +34,8 @@ use crate::{
     log::Log,
     network::{Network, UserNetwork, resolver},
     packet::Packets,
-    preserved,
-    sandbox::{Activation, Booting, CreateRequest, Wanted},
+    preserved, procfs,
+    sandbox::{Activation, Booting, CreateRequest, Sandbox, Wanted},
     share::{self, Share},
     shm,
     sizing::{self, Bounds, Host, VmSize},
@@ -291,7 +292,8 @@ pub(super) async fn create(
             state.status = Status::Running;
             dir.store(&state)?;
         }
-        let view = View::enter(&share, id, &view::places(&spec, &host_files))?;
+        let processes = processes(&spec, &sandbox, id, log.as_deref());
+        let view = View::enter(&share, id, &view::places(&spec, &host_files), processes)?;
         let premises = Premises {
             holder,
             guest_pid: flowing.guest_pid,
@@ -335,6 +337,18 @@ pub(super) async fn create(
             Err(error)
         }
     }
+}
+
+/// The container's /proc for the engine, if it looks for one. Without it, it sees none: no reason not to run.
+fn processes(spec: &Spec, sandbox: &Sandbox, id: &str, log: Option<&Log>) -> Option<OwnedFd> {
+    if !procfs::is_wanted(spec) {
+        return None;
+    }
+    let mount = procfs::mount(sandbox.clone(), id).map_err(|error| {
+        let text = format!("no /proc for the engine: {}", message(&error));
+        log.iter().for_each(|log| log.warning(&text));
+    });
+    mount.ok()
 }
 
 /// Writes to the container's log, if it has one.

@@ -33,22 +33,20 @@ use caisson_agent_api::supervision::ToGuest;
 use oci_spec::runtime::{LinuxSeccompAction, SECCOMP_FD_NAME, Spec};
 use rustix::{
     fs::{Mode, OFlags},
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags},
+    mount::MountAttrFlags,
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
 use serde_json::json;
 use tokio::{
-    io::Interest,
     sync::oneshot,
     task::{JoinHandle, spawn_blocking},
 };
 
 use crate::{
     bundle::OCI_VERSION,
+    fuse::{self, FuseError},
     monitor::oci_state,
-    rootless,
     state::{State, Status},
-    watched::watch,
 };
 
 /// Where the guest's stream for a listener is handed in. Dropped: there will be no listener.
@@ -60,7 +58,10 @@ pub enum SupervisionError {
     /// The supervisor is not there.
     #[error("failed to connect with seccomp agent specified in the seccomp profile")]
     Connect(#[source] io::Error),
-    /// The host does not give the file.
+    /// The host does not give the file system.
+    #[error("make a file for the seccomp listener")]
+    FileSystem(#[from] FuseError),
+    /// Nor the file in it.
     #[error("make a file for the seccomp listener: {step}")]
     File {
         /// What was tried.
@@ -147,9 +148,7 @@ impl Reached<'_> {
     pub async fn engage(self, subject: Subject<'_>) -> Result<Handover, SupervisionError> {
         let message = self.supervisor.message(&subject).to_string();
         let socket = self.socket;
-        let (device, mount) = mount()?;
-        let device = watch(device, Interest::READABLE | Interest::ERROR)
-            .map_err(at("watch the FUSE device"))?;
+        let (device, mount) = fuse::mount(wire::MODE, MountAttrFlags::empty())?;
         let (line, guest) = oneshot::channel();
         tokio::spawn(serve::serve(device, guest));
         // Opening and closing it are requests to the task.
@@ -192,39 +191,6 @@ fn send(socket: &UnixStream, message: &[u8], file: &OwnedFd) -> io::Result<()> {
     let flags = SendFlags::NOSIGNAL;
     rustix::io::retry_on_intr(|| sendmsg(socket, &parts, &mut control, flags))?;
     Ok(())
-}
-
-/// A file system of one file, mounted nowhere: its device and its mount, which goes with the last descriptor.
-fn mount() -> Result<(OwnedFd, OwnedFd), SupervisionError> {
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let device =
-        rustix::fs::open("/dev/fuse", flags, Mode::empty()).map_err(at("open /dev/fuse"))?;
-    let context = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)
-        .map_err(at("ask for a FUSE file system"))?;
-    let user = rustix::process::geteuid().as_raw();
-    let group = rustix::process::getegid().as_raw();
-    for (key, value) in [
-        ("fd", device.as_raw_fd().to_string()),
-        ("rootmode", format!("{:o}", wire::MODE)),
-        ("user_id", user.to_string()),
-        ("group_id", group.to_string()),
-    ] {
-        rustix::mount::fsconfig_set_string(&context, key, value)
-            .map_err(at("configure the FUSE file system"))?;
-    }
-    // Whoever has the descriptor may use it, as with the kernel's. In a user namespace that would be those inside it
-    // alone; the user outside it is better served without.
-    if !rootless::in_user_namespace() {
-        rustix::mount::fsconfig_set_flag(&context, "allow_other")
-            .map_err(at("configure the FUSE file system"))?;
-    }
-    rustix::mount::fsconfig_create(&context).map_err(at("make the FUSE file system"))?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let mount = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-        .map_err(at("mount the FUSE file system"))?;
-    Ok((device, mount))
 }
 
 #[cfg(test)]

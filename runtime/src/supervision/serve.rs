@@ -7,7 +7,6 @@ use std::{
 };
 
 use caisson_agent_api::supervision::{TO_HOST_BYTES, ToHost};
-use rustix::io::Errno;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::UnixStream,
@@ -16,8 +15,9 @@ use tokio::{
 
 use super::{
     session::{Effect, Nonsense, Session},
-    wire::{self, REQUEST_BYTES},
+    wire,
 };
+use crate::fuse;
 
 /// Where the guest is.
 enum Guest {
@@ -87,7 +87,7 @@ pub(super) async fn serve(device: AsyncFd<OwnedFd>, guest: oneshot::Receiver<Std
     loop {
         let deadline = session.deadline();
         let went_on = tokio::select! {
-            requests = requests(&device) => match requests {
+            requests = fuse::requests(&device, wire::parse) => match requests {
                 Some(requests) => {
                     let now = Instant::now();
                     requests.into_iter().for_each(|one| session.requested(one, now));
@@ -131,28 +131,6 @@ async fn hear(guest: &mut Guest) -> Result<Vec<ToHost>, Nonsense> {
         // Whichever way it ends, it ends.
         Guest::Live(line) => line.exchange().await.map_err(|_| Nonsense),
         Guest::Gone => std::future::pending().await,
-    }
-}
-
-/// What the host's kernel has asked; none once the file system is gone.
-async fn requests(device: &AsyncFd<OwnedFd>) -> Option<Vec<wire::Request>> {
-    let mut ready = device
-        .ready(Interest::READABLE | Interest::ERROR)
-        .await
-        .ok()?;
-    let mut requests = Vec::new();
-    let mut bytes = [0; REQUEST_BYTES];
-    loop {
-        match rustix::io::read(device, &mut bytes) {
-            Ok(length) => requests.extend(bytes.get(..length).and_then(wire::parse)),
-            Err(Errno::AGAIN) => {
-                ready.clear_ready();
-                return Some(requests);
-            }
-            // The request has been taken back.
-            Err(Errno::NOENT | Errno::INTR) => {}
-            Err(_) => return None,
-        }
     }
 }
 

@@ -2,17 +2,15 @@
 //!
 //! Contract: [`parse`] reads one request as read(2) on the device gave it; what is cut short is `None`. Numbers are in
 //! the host's byte order, which is little-endian here.
-//! A crate would be `fuser`; it answers FUSE_INTERRUPT with ENOSYS, and a supervisor that waits for a notification would
-//! not be reached by signals.
+//! Not here: the device and the frame of a message (`fuse.rs`).
 //! Spec: linux/fuse.h (protocol 7.31), linux/seccomp.h.
 
 use caisson_agent_api::supervision::{Notification, Response};
 use rustix::io::Errno;
 
-/// The largest request: what the kernel asks for at least (`FUSE_MIN_READ_BUFFER`).
-pub(super) const REQUEST_BYTES: usize = 8192;
+use crate::fuse::{self, Call, message};
+pub(super) use crate::fuse::{init, open, reply};
 
-const HEADER_BYTES: usize = 40;
 /// `struct fuse_ioctl_in`, after the header.
 const IOCTL_BYTES: usize = 32;
 
@@ -83,9 +81,8 @@ impl Ready {
 }
 
 pub(super) fn parse(bytes: &[u8]) -> Option<Request> {
-    let opcode = small(bytes, 4)?;
-    let unique = number(bytes, 8)?;
-    let kind = match opcode {
+    let call = Call::parse(bytes)?;
+    let kind = match call.opcode {
         2 | 42 => Kind::Forget,
         3 => Kind::Attributes,
         14 => Kind::Open,
@@ -93,72 +90,45 @@ pub(super) fn parse(bytes: &[u8]) -> Option<Request> {
         15 | 16 => Kind::Refused(Errno::INVAL),
         18 => Kind::Release,
         26 => Kind::Init,
-        36 => Kind::Interrupt(number(bytes, HEADER_BYTES)?),
-        39 => operation(bytes)?,
+        36 => Kind::Interrupt(call.number(0)?),
+        39 => operation(&call)?,
         40 => Kind::Poll {
-            handle: number(bytes, HEADER_BYTES + 8)?,
-            wanted: match small(bytes, HEADER_BYTES + 16)? & 1 {
+            handle: call.number(8)?,
+            wanted: match call.small(16)? & 1 {
                 0 => None,
-                _ => Some(small(bytes, HEADER_BYTES + 20)?),
+                _ => Some(call.small(20)?),
             },
         },
         _ => Kind::Refused(Errno::NOSYS),
     };
-    Some(Request { unique, kind })
+    Some(Request {
+        unique: call.unique,
+        kind,
+    })
 }
 
 /// The numbers say how long their arguments are, and the kernel has copied as much.
-fn operation(bytes: &[u8]) -> Option<Kind> {
-    let argument = HEADER_BYTES + IOCTL_BYTES;
-    Some(match small(bytes, HEADER_BYTES + 12)? {
+fn operation(call: &Call<'_>) -> Option<Kind> {
+    Some(match call.small(12)? {
         RECEIVE => {
-            let place: [u8; Notification::BYTES] = array(bytes, argument)?;
+            let place: [u8; Notification::BYTES] = fuse::array(call.body, IOCTL_BYTES)?;
             match place.iter().all(|byte| *byte == 0) {
                 true => Kind::Receive,
                 false => Kind::Refused(Errno::INVAL),
             }
         }
-        SEND => Response::parse(array(bytes, argument)?)
+        SEND => Response::parse(fuse::array(call.body, IOCTL_BYTES)?)
             .map_or(Kind::Refused(Errno::INVAL), Kind::Respond),
-        ID_VALID => Kind::IsValid(number(bytes, argument)?),
+        ID_VALID => Kind::IsValid(call.number(IOCTL_BYTES)?),
         // A descriptor of the host's cannot become one of the guest's.
         ADD_FD => Kind::Refused(Errno::OPNOTSUPP),
         _ => Kind::Refused(Errno::INVAL),
     })
 }
 
-/// The whole reply: an error, or what was asked for.
-pub(super) fn reply(unique: u64, result: Result<&[u8], Errno>) -> Vec<u8> {
-    let (error, body) = match result {
-        Ok(body) => (0, body),
-        Err(errno) => (-errno.raw_os_error(), [].as_slice()),
-    };
-    message(error, unique, body)
-}
-
 /// Tells the kernel that more is ready for a handle of [`Kind::Poll`] (`FUSE_NOTIFY_POLL`).
 pub(super) fn wake(handle: u64) -> Vec<u8> {
     message(1, 0, &handle.to_le_bytes())
-}
-
-fn message(error: i32, unique: u64, body: &[u8]) -> Vec<u8> {
-    // A body is a few structures: far below 4 GiB.
-    let length = u32::try_from(16 + body.len()).unwrap_or(u32::MAX);
-    let mut message = length.to_le_bytes().to_vec();
-    message.extend(error.to_le_bytes());
-    message.extend(unique.to_le_bytes());
-    message.extend(body);
-    message
-}
-
-/// `struct fuse_init_out`: the protocol's version, no features, and the smallest writes.
-pub(super) fn init() -> Vec<u8> {
-    let mut body = Vec::new();
-    for word in [7_u32, 31, 0, 0, 0, 4096, 1] {
-        body.extend(word.to_le_bytes());
-    }
-    body.resize(64, 0);
-    body
 }
 
 /// `struct fuse_attr_out` of the one file, which is the file system's root.
@@ -175,13 +145,6 @@ pub(super) fn attributes() -> Vec<u8> {
 /// A regular file that its owner may use.
 pub(super) const MODE: u32 = 0o100_600;
 
-/// `struct fuse_open_out`: no cache, no flush at close.
-pub(super) fn open() -> Vec<u8> {
-    let mut body = vec![0; 16];
-    body[8] = 1 | 1 << 5;
-    body
-}
-
 /// `struct fuse_ioctl_out` and what the operation gives back.
 pub(super) fn done(output: &[u8]) -> Vec<u8> {
     let mut body = vec![0; 16];
@@ -196,31 +159,13 @@ pub(super) fn polled(ready: Ready) -> Vec<u8> {
     body
 }
 
-fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..)?.first_chunk().copied()
-}
-
-fn small(bytes: &[u8], at: usize) -> Option<u32> {
-    array(bytes, at).map(u32::from_le_bytes)
-}
-
-fn number(bytes: &[u8], at: usize) -> Option<u64> {
-    array(bytes, at).map(u64::from_le_bytes)
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
 
     /// A request as the kernel writes it.
     pub(in crate::supervision) fn request(opcode: u32, unique: u64, body: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(HEADER_BYTES + body.len()).unwrap();
-        let mut bytes = length.to_le_bytes().to_vec();
-        bytes.extend(opcode.to_le_bytes());
-        bytes.extend(unique.to_le_bytes());
-        bytes.resize(HEADER_BYTES, 0);
-        bytes.extend(body);
-        bytes
+        crate::fuse::tests::request(opcode, unique, 1, body)
     }
 
     fn ioctl(command: u32, argument: &[u8]) -> Option<Kind> {
@@ -262,7 +207,7 @@ pub(super) mod tests {
             request(40, 1, &[0; 24]),
         ] {
             assert!(parse(&whole).is_some());
-            for length in 0..HEADER_BYTES + 8 {
+            for length in 0..fuse::HEADER_BYTES + 8 {
                 assert_eq!(parse(&whole[..length]), None);
             }
         }
@@ -271,23 +216,13 @@ pub(super) mod tests {
 
     #[test]
     fn replies_have_the_kernels_sizes() {
-        assert_eq!(
-            [
-                init().len(),
-                attributes().len(),
-                open().len(),
-                done(&[0; 80]).len()
-            ],
-            [64, 104, 16, 96]
-        );
+        assert_eq!([attributes().len(), done(&[0; 80]).len()], [104, 96]);
         let ready = Ready {
             readable: true,
             writable: false,
             over: true,
         };
         assert_eq!(polled(ready), [0x51, 0, 0, 0, 0, 0, 0, 0]);
-        let refused = reply(7, Err(Errno::NOENT));
-        assert_eq!(refused[..8], [16, 0, 0, 0, 0xfe, 0xff, 0xff, 0xff]);
         assert_eq!(
             wake(2)[..16],
             [24, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
