@@ -2,7 +2,8 @@
 //!
 //! [`guest`] makes the machine ready and dials the host; [`service`] answers the host's calls over that connection;
 //! [`plan`] decides what a specification means; [`child`], this binary executed again, carries a plan out and becomes
-//! the process; [`reaper`] notices the end. One thread serves all containers of the sandbox.
+//! the process; [`reaper`] notices the end. One thread serves all containers of the sandbox; only disks, for which the
+//! kernel waits, have their drivers bound on threads of their own.
 //!
 //! The library exists so that tests can serve the same agent over a Unix socket.
 

@@ -9,17 +9,31 @@ use std::{fs, io};
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
+/// Of a device's status (virtio 1.2, 2.1).
+const DRIVER_OK: u32 = 4;
 
 fn name(device: u32) -> String {
     format!("virtio-mmio.{device}")
 }
 
-/// Has the kernel look at a device, unless it has taken it up already.
-pub(crate) fn bind(device: u32) -> io::Result<()> {
-    if directory(device)?.is_some() {
-        return Ok(());
+/// Has the kernel look at a device, unless it has taken it up already (`false`). A driver that has not seen that the host
+/// took its device out, and put another one in, is taken away first.
+pub(crate) fn bind(device: u32) -> io::Result<bool> {
+    if let Some(taken_up) = directory(device)? {
+        if is_driven(&fs::read_to_string(taken_up.join("status"))?) {
+            return Ok(false);
+        }
+        unbind(device)?;
     }
-    fs::write(format!("{DRIVER}/bind"), name(device))
+    fs::write(format!("{DRIVER}/bind"), name(device))?;
+    Ok(true)
+}
+
+/// Whether the device knows that it has a driver: its status register as the kernel prints it, `0x0000000f`. That of a new
+/// device is zero.
+fn is_driven(status: &str) -> bool {
+    let digits = status.trim_end().trim_start_matches("0x");
+    u32::from_str_radix(digits, 16).is_ok_and(|status| status & DRIVER_OK != 0)
 }
 
 /// Takes the driver away, and what it made with it. Without a driver there is nothing to do.
@@ -53,4 +67,19 @@ fn child(dir: PathBuf, wanted: impl Fn(&str) -> bool) -> io::Result<Option<PathB
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_device_has_no_driver_whatever_the_kernel_believes() {
+        assert!(is_driven("0x0000000f\n") && is_driven("0x0000004f\n"));
+        assert!(
+            !["0x00000000\n", "0x00000083\n", ""]
+                .map(is_driven)
+                .contains(&true)
+        );
+    }
 }
