@@ -1,8 +1,8 @@
 //! The host's block devices in a specification, in the guest's numbers.
 //!
 //! Contract: pure. A node of a device for which there is a disk becomes the disk's, and so does every rule that names the
-//! device, alone or with all of its driver's. A node or a rule with a number that the host's kernel chose at run time, for a
-//! device that is not here, is dropped: in this kernel that may be another container's disk.
+//! device, alone or with all of its driver's. Where the host's kernel chose the number at run time, and the device is
+//! not here, a rule is dropped and a node leads nowhere: in this kernel the number may be another container's disk.
 
 use std::fmt;
 
@@ -37,6 +37,9 @@ const fn is_dynamic(major: i64) -> bool {
     matches!(major, 234..=254 | 256..)
 }
 
+/// No kernel has a block device of this number.
+const NOWHERE: Number = Number { major: 0, minor: 0 };
+
 /// Translates nodes and rules.
 pub fn translate(spec: &mut Spec, disks: &[Placed]) {
     let Some(linux) = spec.linux_mut() else {
@@ -45,7 +48,7 @@ pub fn translate(spec: &mut Spec, disks: &[Placed]) {
     if let Some(nodes) = linux.devices_mut() {
         *nodes = std::mem::take(nodes)
             .into_iter()
-            .filter_map(|node| here(node, disks))
+            .map(|node| here(node, disks))
             .collect();
     }
     let resources = linux.resources_mut().as_mut();
@@ -58,22 +61,21 @@ pub fn translate(spec: &mut Spec, disks: &[Placed]) {
 }
 
 /// What becomes of a node.
-fn here(mut node: LinuxDevice, disks: &[Placed]) -> Option<LinuxDevice> {
+fn here(mut node: LinuxDevice, disks: &[Placed]) -> LinuxDevice {
     if node.typ() != LinuxDeviceType::B {
-        return Some(node);
+        return node;
     }
     let is_it = |disk: &&Placed| {
         node.major() == i64::from(disk.host.major) && node.minor() == i64::from(disk.host.minor)
     };
-    match disks.iter().find(is_it) {
-        Some(Placed { guest, .. }) => {
-            node.set_major(guest.major.into())
-                .set_minor(guest.minor.into());
-        }
-        None if is_dynamic(node.major()) => return None,
-        None => {}
-    }
-    Some(node)
+    let guest = match disks.iter().find(is_it) {
+        Some(Placed { guest, .. }) => *guest,
+        None if is_dynamic(node.major()) => NOWHERE,
+        None => return node,
+    };
+    node.set_major(guest.major.into())
+        .set_minor(guest.minor.into());
+    node
 }
 
 /// What becomes of a rule.
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_whose_number_means_another_device_here_is_not_made() {
+    fn a_node_whose_number_means_another_device_here_leads_nowhere() {
         let node = |kind, major, minor| json!({"path": format!("/dev/{kind}{major}"), "type": kind, "major": major, "minor": minor});
         let devices = json!([
             node("b", 7, 0),
@@ -163,12 +165,13 @@ mod tests {
         // The host's 254:0 is not the disk that has its number here.
         translate(&mut spec, &[placed((7, 0), (254, 0))]);
         let found = serde_json::to_value(spec.linux()).unwrap();
-        let mut loop_device = node("b", 254, 0);
-        loop_device["path"] = "/dev/b7".into();
-        assert_eq!(
-            found["devices"],
-            json!([loop_device, node("b", 8, 0), node("c", 254, 0)])
-        );
+        let number = |index: usize| {
+            let device = &found["devices"][index];
+            (device["major"].as_i64(), device["minor"].as_i64())
+        };
+        let numbers: Vec<_> = (0..5).map(number).collect();
+        let expected = [(254, 0), (0, 0), (0, 0), (8, 0), (254, 0)];
+        assert_eq!(numbers, expected.map(|(a, b)| (Some(a), Some(b))));
     }
 
     #[test]
