@@ -1,25 +1,25 @@
 //! The control socket: requests of the sandbox's owner in, events out; one packet each, at most
 //! [`MAX_DESCRIPTORS`] in and one out.
 //!
-//! Contract: sending never blocks ([`Control::send`]), except for the last word ([`Control::send_last`]), which waits at
-//! most a second. The owner is trusted, but a packet that is too long or makes no sense is refused, not guessed at.
+//! Contract: what nobody asked for is sent without waiting ([`Control::send`]) and may be lost; an answer waits for room, for
+//! ten seconds at most ([`Control::answer`]), and the last word for a second ([`Control::send_last`]). The owner is trusted, but a packet that is too long or makes no sense is refused, not guessed at.
 //! Threads: any thread sends; only the main thread receives.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use caisson_vmm_spec::{Event, MAX_DESCRIPTORS, MAX_PACKET_BYTES, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-const LAST_WORD_PATIENCE: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
+const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A packet could not be received.
 #[derive(Debug, thiserror::Error)]
@@ -123,18 +123,40 @@ impl Control {
         Ok(())
     }
 
-    /// Sends the last event, waiting a second at most for an owner that is behind with its reading.
+    /// Sends the answer to a request, waiting for an owner that is behind with its reading: the guest can fill the socket with
+    /// what it causes.
+    ///
+    /// # Errors
+    /// As [`Control::send`].
+    pub fn answer(&self, event: &Event) -> io::Result<()> {
+        self.send_within(event, ANSWER_PATIENCE)
+    }
+
+    /// Sends the last event, waiting a second at most.
     ///
     /// # Errors
     /// As [`Control::send`].
     pub fn send_last(&self, event: &Event) -> io::Result<()> {
-        match self.send(event, None) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let mut wait = [PollFd::new(&self.0, PollFlags::OUT)];
-                poll(&mut wait, Some(&LAST_WORD_PATIENCE))?;
-                self.send(event, None)
+        self.send_within(event, LAST_WORD_PATIENCE)
+    }
+
+    fn send_within(&self, event: &Event, patience: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let full = match self.send(event, None) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => error,
+                sent => return sent,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(full);
             }
-            sent => sent,
+            // Room that there is then may be taken by another thread.
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
     }
 }
@@ -147,7 +169,7 @@ impl AsFd for Control {
 
 #[cfg(test)]
 mod tests {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, send, socketpair};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, send, socketpair};
 
     use super::*;
 
@@ -213,6 +235,28 @@ mod tests {
         assert!(matches!(owner.receive(), Err(ControlError::Nonsense(_))));
         // The descriptor that came with it was closed: the pipe has no writer left.
         assert_eq!(io::read_to_string(reader).unwrap(), "");
+    }
+
+    #[test]
+    fn an_answer_waits_for_an_owner_that_is_behind() {
+        let (control, owner) = pair();
+        let accepted = Event::Accepted {
+            port: 1,
+            boot: None,
+        };
+        while control.send(&accepted, None).is_ok() {}
+        let owner = std::thread::spawn(move || {
+            let mut bytes = [0; 256];
+            let mut last = Vec::new();
+            while let Ok((len @ 1.., _)) = recv(&owner, &mut bytes[..], RecvFlags::empty()) {
+                last = bytes[..len].to_vec();
+            }
+            last
+        });
+        control.answer(&Event::Paused).unwrap();
+        drop(control);
+        let last = owner.join().unwrap();
+        assert_eq!(last, serde_json::to_vec(&Event::Paused).unwrap());
     }
 
     #[test]

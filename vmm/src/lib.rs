@@ -16,6 +16,7 @@ pub mod fds;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod kvm;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod milestones;

@@ -5,7 +5,7 @@
 //! byte; only a chain without a header or without a status byte is a [`GuestFault`]. A write is on the host's page
 //! cache when it is acknowledged, and on the medium after a flush; for a driver that did not accept FLUSH, at once.
 //! Limits: ranges of one discard at most [`MAX_RANGES`], of one write-zeroes the same, each at most
-//! [`MAX_RANGE_SECTORS`].
+//! [`MAX_RANGE_SECTORS`]. A turn begins no further request once it has moved [`TURN_BYTES`], so that a reset waits for few.
 //! Spec: virtio 1.2, 5.2. The size of the disk is that of the file at start, in whole sectors; its blocks are as large as the
 //! block device's, or a sector.
 
@@ -43,6 +43,10 @@ pub const MAX_RANGES: u32 = 32;
 pub const MAX_RANGE_SECTORS: u32 = 128 << 10;
 /// `struct virtio_blk_discard_write_zeroes`, flag `unmap`.
 const RANGE_UNMAP: u32 = 1;
+/// How much is moved in one turn; a request that has begun is finished.
+const TURN_BYTES: u64 = 64 << 20;
+/// What a flush counts for in that, since it waits for the medium.
+const FLUSH_BYTES: u64 = 4 << 20;
 /// How much zero is written at a time where the file system has no better way.
 const ZEROS_BYTES: usize = 64 << 10;
 
@@ -62,6 +66,20 @@ enum Request {
     Identity,
     Discard(Vec<Range>),
     WriteZeroes { ranges: Vec<Range>, unmap: bool },
+}
+
+impl Request {
+    /// How much work it is, as bytes that are moved.
+    fn work(&self) -> u64 {
+        match self {
+            Self::Read(range) | Self::Write(range) => range.bytes,
+            Self::Flush => FLUSH_BYTES,
+            Self::Identity => 0,
+            Self::Discard(ranges) | Self::WriteZeroes { ranges, .. } => {
+                ranges.iter().map(|range| range.bytes).sum()
+            }
+        }
+    }
 }
 
 /// Why a request is answered with an error.
@@ -178,16 +196,17 @@ struct Disk {
 }
 
 impl Disk {
-    /// Serves one chain; returns the number of bytes written into it.
-    fn serve(&self, chain: &Chain) -> Result<u32, GuestFault> {
+    /// Serves one chain, and adds how much work it was; returns the number of bytes written into it.
+    fn serve(&self, chain: &Chain, work: &mut u64) -> Result<u32, GuestFault> {
         let to_driver = chain.writable_len();
         let status_at = to_driver
             .checked_sub(1)
             .ok_or(GuestFault::Short { need: 1, got: 0 })?;
-        let done = self
-            .shape
-            .parse(chain)?
-            .and_then(|request| self.execute(&request, chain));
+        let done = self.shape.parse(chain)?.and_then(|request| {
+            let synchronous = matches!(request, Request::Write(_)) && !self.flushes;
+            *work += request.work() + if synchronous { FLUSH_BYTES } else { 0 };
+            self.execute(&request, chain)
+        });
         let status = match done {
             Ok(()) => VIRTIO_BLK_S_OK,
             Err(Refusal::Failed) => VIRTIO_BLK_S_IOERR,
@@ -392,11 +411,16 @@ impl Device for Block {
         let Some(queue) = io.queues.get_mut(index) else {
             return Ok(());
         };
-        while queue.pop(&mut self.chain)? {
+        let mut work = 0;
+        while work < TURN_BYTES {
+            if !queue.pop(&mut self.chain)? {
+                return Ok(());
+            }
             self.requests.add(1);
-            let written = self.disk.serve(&self.chain)?;
+            let written = self.disk.serve(&self.chain, &mut work)?;
             queue.push(self.chain.head(), written)?;
         }
+        queue.end_turn();
         Ok(())
     }
 
@@ -425,7 +449,7 @@ pub fn fuzz(bytes: &[u8]) {
         serial: [b'x'; 20],
         flushes: true,
     };
-    if let Ok(written) = disk.serve(&chain) {
+    if let Ok(written) = disk.serve(&chain, &mut 0) {
         assert!(written as usize <= chain.writable_len());
     }
     assert_eq!(

@@ -31,6 +31,7 @@ use crate::fds::{self, FdError, Inherited};
 use crate::kvm::ioapic::{IoApic, Message};
 use crate::kvm::vcpu::{Surroundings, Vcpus};
 use crate::kvm::{KvmError, Vm};
+use crate::log;
 use crate::memory::{self, MemoryError};
 use crate::milestones::Milestones;
 use bays::Bays;
@@ -124,6 +125,8 @@ impl Router for Wiring {
 /// Runs the VM that the inherited spec describes to its end; the process's exit status.
 pub fn run() -> u8 {
     let milestones = Milestones::begin();
+    // Without a stderr there is nothing that could block.
+    let _ = log::prepare();
     let mut inherited = Inherited::default();
     let (spec, control) = match read_spec(&mut inherited) {
         Ok((spec, control)) => (spec, Arc::new(control)),
@@ -169,7 +172,7 @@ fn start(
     let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
     let counters = Counters::default();
     let tail = SharedTail::default();
-    let link = Arc::new(OwnerLink::new(control.clone(), milestones));
+    let link = Arc::new(OwnerLink::new(control.clone(), ending.clone(), milestones));
 
     let mem = memory::map(&spec.memory)?;
     let vm = Arc::new(Vm::new(fds::kvm(files.kvm), &mem)?);
@@ -222,7 +225,7 @@ fn start(
         most_vcpus,
         entry,
         growth,
-        bays: Bays::new(&bus, ports, &mem, &ending, &counters),
+        bays: Bays::new(&bus, ports, &mem, &link, &ending, &counters),
         ending,
         counters,
         bus,
@@ -269,7 +272,7 @@ fn finish(control: Option<&Control>, end: &End, tail: Vec<String>) -> u8 {
         tail
     };
     if cause != Cause::PowerOff {
-        eprintln!("caisson-vmm: {message}");
+        log::line(format_args!("{message}"));
     }
     if let Some(control) = control {
         // An owner that is gone, or does not read, has the exit status.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use caisson_vmm_spec::{
-    Event, MAX_NETWORKS, MEMORY_DEVICE, MiB, NETWORK_DEVICES_FROM, NetworkKind,
+    Cause, Event, MAX_NETWORKS, MEMORY_DEVICE, MiB, NETWORK_DEVICES_FROM, NetworkKind,
 };
 
 use super::files::DeviceFiles;
@@ -56,6 +56,7 @@ pub(super) fn interrupts(count: usize) -> Vec<u8> {
 #[derive(Debug)]
 pub(super) struct OwnerLink {
     control: Arc<Control>,
+    ending: Arc<Ending>,
     booted: AtomicBool,
     /// Of this boot.
     pub(super) milestones: Milestones,
@@ -63,9 +64,10 @@ pub(super) struct OwnerLink {
 
 impl OwnerLink {
     /// Over this socket, for the boot with these milestones.
-    pub(super) fn new(control: Arc<Control>, milestones: Milestones) -> Self {
+    pub(super) fn new(control: Arc<Control>, ending: Arc<Ending>, milestones: Milestones) -> Self {
         Self {
             control,
+            ending,
             booted: AtomicBool::new(false),
             milestones,
         }
@@ -75,15 +77,23 @@ impl OwnerLink {
     pub(super) fn has_booted(&self) -> bool {
         self.booted.load(Ordering::Acquire)
     }
-}
 
-impl OwnerLink {
+    /// Answers a request. An owner that takes no answers has lost track of the VM, which ends.
+    pub(super) fn answer(&self, event: &Event) {
+        match self.control.answer(event) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self
+                .ending
+                .report(Cause::HostError, "its owner does not take an answer"),
+            // Gone, which the main thread hears.
+            Err(_) | Ok(()) => {}
+        }
+    }
+
     /// The guest has followed a request for memory.
     fn has_memory(&self, bytes: u64) {
         // The owner asked for it in MiB: fits.
         let extra = MiB(u32::try_from(bytes >> 20).unwrap_or(u32::MAX));
-        // An owner that does not read its answers has itself to blame.
-        let _ = self.control.send(&Event::Memory { extra }, None);
+        self.answer(&Event::Memory { extra });
     }
 }
 

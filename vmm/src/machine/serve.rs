@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use caisson_vmm_spec::{Cause, Event, MEMORY_DEVICE, MiB, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::bays::NewDisk;
+use super::bays::{Emptied, NewDisk};
 use super::{Machine, one_line};
 use crate::control::{Control, ControlError, Heard};
 use crate::devices::mem::VIRTIO_ID_MEM;
 use crate::ending::End;
+use crate::log;
 use crate::virtio::line::Reason;
 
 const NO_FILE: &str = "no file came with the request";
@@ -93,7 +94,7 @@ impl Machine {
             Ok(Heard::Closed) => Some(stopped("the owner is gone")),
             Ok(Heard::Request(Request::Stop, _)) => Some(stopped("stopped by its owner")),
             Ok(Heard::Request(request, fds)) => {
-                self.obey(request, fds, control);
+                self.obey(request, fds);
                 None
             }
             Err(error @ ControlError::Receive(_)) => Some(End {
@@ -101,13 +102,13 @@ impl Machine {
                 message: one_line(&error),
             }),
             Err(error) => {
-                eprintln!("caisson-vmm: {}", one_line(&error));
+                log::line(format_args!("{}", one_line(&error)));
                 None
             }
         }
     }
 
-    fn obey(&mut self, request: Request, fds: Vec<OwnedFd>, control: &Control) {
+    fn obey(&mut self, request: Request, fds: Vec<OwnedFd>) {
         let mut fds = fds.into_iter();
         let answer = match request {
             Request::Connect { port } => {
@@ -137,10 +138,10 @@ impl Machine {
                 let done = disk.ok_or_else(|| NO_FILE.to_owned());
                 plugged(slot, done.and_then(|disk| self.bays.plug_disk(slot, disk)))
             }
-            Request::Unplug { slot } => {
-                self.bays.empty(slot);
-                Event::Unplugged { slot }
-            }
+            Request::Unplug { slot } => match self.bays.empty(slot) {
+                Emptied::Now => Event::Unplugged { slot },
+                Emptied::Soon => return,
+            },
             Request::Memory { extra } => self.ask_for_memory(extra),
             Request::Vcpus { count } => match self.add_vcpus(count) {
                 Ok(count) => Event::Vcpus { count },
@@ -159,8 +160,7 @@ impl Machine {
             },
             Request::Stop => return,
         };
-        // An owner that does not read its answers has itself to blame.
-        let _ = control.send(&answer, None);
+        self.link.answer(&answer);
     }
 
     fn ask_for_memory(&self, extra: MiB) -> Event {

@@ -49,6 +49,8 @@ pub struct Queue {
     event_idx: bool,
     mem: Mem,
     left: u32,
+    /// The last turn ended before `pop` had said no: the driver has not been asked for the next kick.
+    cut: bool,
     /// Chains returned since the last look at whether the driver wants to hear of it.
     pushed: u16,
 }
@@ -83,6 +85,7 @@ impl Queue {
             event_idx,
             mem: mem.clone(),
             left: TURN,
+            cut: false,
             pushed: 0,
         })
     }
@@ -166,7 +169,12 @@ impl Queue {
         Ok(())
     }
 
-    /// Whether chains are waiting.
+    /// Ends this turn, however many chains it has had; the worker comes back.
+    pub fn end_turn(&mut self) {
+        self.left = 0;
+    }
+
+    /// Whether chains are waiting, or may be without a kick to tell of them.
     ///
     /// # Errors
     /// [`GuestFault::Ring`] if the available ring is out of reach.
@@ -174,14 +182,14 @@ impl Queue {
         let Some(rings) = &self.rings else {
             return Ok(false);
         };
-        Ok(rings.available()? != self.ring.next_avail())
+        Ok(self.cut || rings.available()? != self.ring.next_avail())
     }
 
     /// Starts a new turn; `true` if the last one ended with chains possibly left.
     pub(crate) fn new_turn(&mut self) -> bool {
-        let exhausted = self.left == 0;
+        self.cut = self.left == 0;
         self.left = TURN;
-        exhausted
+        self.cut
     }
 
     /// Whether chains were pushed since the last call and the driver wants to hear of it.
@@ -220,4 +228,24 @@ fn fault(error: Error) -> GuestFault {
         Error::InvalidAvailRingIndex => "more chains offered than the queue has entries",
         _ => "a ring is out of reach",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::devices::driver::Driver;
+
+    #[test]
+    fn a_turn_that_was_ended_early_is_followed_by_one_that_asks_for_the_next_kick() {
+        let mut driver = Driver::new();
+        driver.offer(&[b"x"], &[]);
+        let head = driver.pop().unwrap().unwrap().head();
+        driver.queue.push(head, 0).unwrap();
+        driver.queue.end_turn();
+        assert!(driver.queue.new_turn());
+        // Nothing is there, but nobody has been asked to tell when there is.
+        assert!(driver.queue.has_waiting().unwrap());
+        assert!(driver.pop().unwrap().is_none());
+        assert!(!driver.queue.new_turn());
+        assert!(!driver.queue.has_waiting().unwrap());
+    }
 }

@@ -3,8 +3,9 @@
 //! Reads need nobody: the registers are memory (`page.rs`).
 //! A device that is of no kind may leave its place to another one for a while ([`Transport::lodge`]), which has a thread of
 //! its own.
-//! Threads: `write` is called by vCPU threads, one at a time per device (the lock on the registers; it is held while a
-//! reset waits for the device's thread, which never takes it).
+//! Threads: `write` is called by vCPU threads. A register is written by one at a time (the lock on the registers), but a reset
+//! waits for the device's thread without the lock: whoever else comes meanwhile finds a device that was reset, and the
+//! thread gets what follows from it in that order.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -168,16 +169,18 @@ impl Transport {
         self.power_on(&mut front);
     }
 
-    /// The own device is back, of no kind. The other's thread, whose only device it was, ends.
-    pub fn evict(&self) {
+    /// The own device is back, of no kind. The other's thread, whose only device it was, stops it and ends; nobody waits
+    /// for that here. `false`: there was no other.
+    pub fn evict(&self) -> bool {
         let mut front = self.front();
-        if let Some(mut lodger) = front.lodger.take() {
-            lodger.replace(0);
-            lodger.config.hide();
-            lodger.place.mailbox.send(Command::End);
-            front.own.config.show_on(self.link.page);
-            self.power_on(&mut front);
-        }
+        let Some(lodger) = front.lodger.take() else {
+            return false;
+        };
+        lodger.config.hide();
+        lodger.place.mailbox.send(Command::End);
+        front.own.config.show_on(self.link.page);
+        self.power_on(&mut front);
+        true
     }
 
     fn power_on(&self, front: &mut Front) {
@@ -206,12 +209,107 @@ impl Transport {
                     features,
                 });
             }
-            Effect::Reset => place.mailbox.reset(place.slot),
+            Effect::Reset => {
+                let stopping = place.mailbox.begin_reset(place.slot);
+                drop(front);
+                stopping.wait();
+                front = self.front();
+            }
         }
-        if status_cleared {
+        let registers = &front.current().registers;
+        if status_cleared && registers.state().status == 0 {
             self.link.line.reset();
         }
         registers.show(self.link.page);
         self.link.line.show_status(registers.state().status);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use virtio_bindings::virtio_config::{
+        VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+        VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
+    };
+    use virtio_bindings::virtio_mmio::{
+        VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+    };
+
+    use super::super::worker::Worker;
+    use super::super::{DeviceError, Io};
+    use super::*;
+    use crate::counters::Counters;
+    use crate::devices::driver::Driver;
+    use crate::ending::Ending;
+
+    /// A device that waits for something when it is activated.
+    struct Busy(ConfigSpace, Receiver<()>);
+
+    impl Device for Busy {
+        fn name(&self) -> &str {
+            "busy"
+        }
+
+        fn id(&self) -> u32 {
+            2
+        }
+
+        fn queue_sizes(&self) -> &[u16] {
+            &[64]
+        }
+
+        fn config(&self) -> &ConfigSpace {
+            &self.0
+        }
+
+        fn activate(&mut self, _: &mut Io) -> Result<(), DeviceError> {
+            let _ = self.1.recv();
+            Ok(())
+        }
+
+        fn process(&mut self, _: usize, _: &mut Io) -> Result<(), DeviceError> {
+            Ok(())
+        }
+
+        fn reset(&mut self, _: &mut Io) {}
+    }
+
+    fn start_driver(transport: &Transport) {
+        let write = |offset, value: u32| transport.write(offset, &value.to_le_bytes());
+        let known = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
+        let agreed = known | VIRTIO_CONFIG_S_FEATURES_OK;
+        write(VIRTIO_MMIO_STATUS, known);
+        write(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+        write(VIRTIO_MMIO_DRIVER_FEATURES, 1 << (VIRTIO_F_VERSION_1 - 32));
+        write(VIRTIO_MMIO_STATUS, agreed);
+        write(VIRTIO_MMIO_STATUS, agreed | VIRTIO_CONFIG_S_DRIVER_OK);
+    }
+
+    #[test]
+    fn a_busy_device_leaves_without_anybody_waiting_for_it() {
+        let mem = Driver::new().mem;
+        let (ending, counters) = (Arc::new(Ending::new().unwrap()), Counters::default());
+        let worker = || Worker::new(&mem, &ending, &counters).unwrap();
+        let link = Arc::new(Link::new(&Page::leak(1)[0], Doorbells::One).unwrap());
+        let (_idle, never) = channel();
+        let mut own = worker();
+        let transport = own.attach(Box::new(Busy(ConfigSpace::default(), never)), link);
+
+        let (done, hold) = channel();
+        let (over, told) = channel::<()>();
+        let mut guests = worker();
+        let lodger = Box::new(Busy(ConfigSpace::default(), hold));
+        let lodger = guests.attach_at(lodger, &transport);
+        guests.spawn_until("busy", || drop(over)).unwrap();
+        transport.lodge(lodger);
+        start_driver(&transport);
+
+        assert!(transport.is(2) && transport.evict());
+        assert!(transport.is(0) && !transport.evict());
+        assert_eq!(told.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
+        drop(done);
+        assert!(told.recv().is_err());
     }
 }

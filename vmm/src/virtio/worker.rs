@@ -1,16 +1,16 @@
 //! The thread that runs devices: one epoll instance, the devices' kicks and watches, a mailbox from the registers.
 //!
 //! Contract: each device is called by one thread only. A guest fault stops its device (DEVICE_NEEDS_RESET), moves
-//! `<device>.faults`, and is logged at most [`FAULT_LINES`] times in the life of the VM; a host failure ends the VM.
+//! `<device>.faults`, and is logged within what the guest may have logged (`log.rs`); a host failure ends the VM.
 //! A turn per ready descriptor, at most `queue::TURN` chains per queue and turn, so no device starves another.
 //! Not here: what the events mean (each device), the registers (`mmio.rs`).
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 
 use caisson_vmm_spec::Cause;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -23,10 +23,9 @@ use super::transport::{Link, Occupant, Transport};
 use super::{Device, DeviceError};
 use crate::counters::{Counter, Counters};
 use crate::ending::Ending;
+use crate::log;
 use crate::memory::Mem;
 
-/// How many guest faults are logged in the life of one worker.
-pub const FAULT_LINES: u32 = 8;
 const EVENTS_PER_WAIT: usize = 32;
 /// The token that stands for a device's kick; devices use smaller ones.
 const KICK: u32 = u32::MAX;
@@ -52,12 +51,23 @@ pub enum Command {
         /// Dropped when the device has stopped.
         done: SyncSender<()>,
     },
-    /// End the thread, whose devices have stopped.
+    /// Stop the devices and end the thread. The last command that is obeyed.
     End,
 }
 
-/// Commands on their way to a worker. At most two per device: the registers alternate activation and reset, and wait
-/// for the latter.
+/// A device that is being stopped.
+pub struct Stopping(Receiver<()>);
+
+impl Stopping {
+    /// Returns when it has stopped.
+    pub fn wait(self) {
+        // Nothing is ever sent: the error is the sender's end.
+        let _ = self.0.recv();
+    }
+}
+
+/// Commands on their way to a worker. At most two per device and vCPU: the registers alternate activation and reset, and
+/// who resets waits for it.
 #[derive(Debug)]
 pub struct Mailbox {
     commands: Mutex<VecDeque<Command>>,
@@ -88,10 +98,14 @@ impl Mailbox {
 
     /// Stops the device in `slot` and returns when it has stopped.
     pub fn reset(&self, slot: usize) {
+        self.begin_reset(slot).wait();
+    }
+
+    /// Has the device in `slot` stop.
+    pub fn begin_reset(&self, slot: usize) -> Stopping {
         let (done, stopped) = sync_channel(0);
         self.send(Command::Reset { slot, done });
-        // Nothing is ever sent: the error is the sender's end.
-        let _ = stopped.recv();
+        Stopping(stopped)
     }
 
     fn take(&self) -> Option<Command> {
@@ -208,7 +222,6 @@ pub struct Worker {
     mem: Mem,
     ending: Arc<Ending>,
     counters: Counters,
-    fault_lines_left: u32,
     over: bool,
 }
 
@@ -232,7 +245,6 @@ impl Worker {
             mem: mem.clone(),
             ending: ending.clone(),
             counters: counters.clone(),
-            fault_lines_left: FAULT_LINES,
             over: false,
         })
     }
@@ -269,21 +281,38 @@ impl Worker {
         });
     }
 
-    /// Starts the thread. Unless it gets [`Command::End`] it never returns: the VM ends by leaving the process.
+    /// Starts the thread, which never ends: the VM ends by leaving the process.
     ///
     /// # Errors
     /// No thread or no descriptors left.
-    pub fn spawn(mut self, name: &str) -> io::Result<JoinHandle<()>> {
+    pub fn spawn(self, name: &str) -> io::Result<()> {
+        self.spawn_until(name, || {})
+    }
+
+    /// The same for a thread that is to get [`Command::End`]. It calls `over` last, when its devices are dropped.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn spawn_until(
+        mut self,
+        name: &str,
+        over: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
         let data = u64::from(MAILBOX) << 32;
         let event = EpollEvent::new(EventSet::IN, data);
         self.epoll
             .ctl(ControlOperation::Add, self.mailbox.wake.as_raw_fd(), event)?;
-        Builder::new().name(name.into()).spawn(move || {
-            if let Err(error) = self.run() {
-                self.ending
-                    .report(Cause::HostError, format!("device thread: {error}"));
+        let thread = Builder::new().name(name.into());
+        thread.spawn(move || match self.run() {
+            Ok(()) => {
+                drop(self);
+                over();
             }
-        })
+            Err(error) => self
+                .ending
+                .report(Cause::HostError, format!("device thread: {error}")),
+        })?;
+        Ok(())
     }
 
     fn run(&mut self) -> io::Result<()> {
@@ -334,7 +363,12 @@ impl Worker {
                 self.deactivate(slot);
                 drop(done);
             }
-            Command::End => self.over = true,
+            Command::End => {
+                for index in 0..self.slots.len() {
+                    self.deactivate(index);
+                }
+                self.over = true;
+            }
         }
     }
 
@@ -414,10 +448,7 @@ impl Worker {
             }
             DeviceError::Guest(fault) => {
                 slot.faults.add(1);
-                if self.fault_lines_left > 0 {
-                    self.fault_lines_left -= 1;
-                    eprintln!("caisson-vmm: {name}: guest fault: {fault}");
-                }
+                log::guest_caused(format_args!("{name}: guest fault: {fault}"));
                 slot.link.line.raise_needs_reset();
             }
         }

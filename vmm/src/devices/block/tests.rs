@@ -50,7 +50,7 @@ impl Bench {
         writable.push(1);
         let at = self.driver.offer(&readable, &writable);
         let chain = self.driver.pop()?.unwrap();
-        let written = self.disk.serve(&chain)?;
+        let written = self.disk.serve(&chain, &mut 0)?;
         let mut out = Vec::new();
         for (at, len) in at[readable.len()..].iter().zip(room) {
             out.extend(self.driver.get(*at, *len as usize));
@@ -221,7 +221,7 @@ fn a_chain_without_header_or_status_is_a_fault() {
         };
         bench.driver.offer(&readable, &vec![1; writable]);
         let chain = bench.driver.pop().unwrap().unwrap();
-        assert!(bench.disk.serve(&chain).is_err());
+        assert!(bench.disk.serve(&chain, &mut 0).is_err());
     }
 }
 
@@ -230,4 +230,19 @@ fn a_file_that_shrank_is_an_error() {
     let mut bench = bench(false);
     bench.disk.file.set_len(512).unwrap();
     assert_eq!(bench.call(VIRTIO_BLK_T_IN, 0, &[], &[1024]).unwrap().0, 1);
+}
+
+#[test]
+fn what_a_request_costs_the_host_is_counted() {
+    let ranges = [(0, 64 << 10), (1 << 20, 512)];
+    let ranges = ranges.map(|(start, bytes)| Range { start, bytes });
+    for (request, work) in [
+        (Request::Read(ranges[0]), 64 << 10),
+        (Request::Write(ranges[1]), 512),
+        (Request::Discard(ranges.to_vec()), (64 << 10) + 512),
+        (Request::Flush, FLUSH_BYTES),
+        (Request::Identity, 0),
+    ] {
+        assert_eq!(request.work(), work, "{request:?}");
+    }
 }

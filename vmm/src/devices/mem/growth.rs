@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::wire::{Blocks, Request, Response};
+use crate::log;
 use crate::memory::{BLOCK_BYTES, CHUNK_BLOCKS, CHUNK_BYTES, Mem, MemoryError};
 use crate::virtio::ConfigSpace;
 
@@ -156,7 +157,7 @@ impl Growth {
                 .ok_or_else(|| "it is not mapped".to_owned())
                 .and_then(|(addr, host)| self.0.slots.give(chunk, addr, host));
             if let Err(error) = given {
-                eprintln!("caisson-vmm: mem: give memory to the guest: {error}");
+                log::guest_caused(format_args!("mem: give memory to the guest: {error}"));
                 // What was given already is in use by nobody.
                 self.take_empty(&blocks.range());
                 return Response::Busy;
