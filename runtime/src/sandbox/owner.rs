@@ -8,6 +8,7 @@
 //! Not here: calls for one container (`owner/requests.rs`), what their results change (`owner/results.rs`), the table of states (`status.rs`), who waits for
 //! what (`container.rs`), streams before they are connected (`ports.rs`).
 
+mod owed;
 mod requests;
 mod results;
 
@@ -42,8 +43,9 @@ use crate::{
     sizing::Bounds,
     slots::Slots,
     text::one_line,
-    vmm::{Ended, Vmm},
+    vmm::{Ended, Vmm, VmmError},
 };
+use owed::{Asked, Owed};
 
 /// How many requests may queue before askers wait.
 const INBOX: usize = 64;
@@ -54,6 +56,8 @@ struct Owner {
     /// Who waits for the VMM to have changed the interface in a slot.
     plugging: HashMap<u8, Reply<()>>,
     disks: Disks,
+    /// What the VMM is to answer.
+    owed: Owed,
     /// Who waits for the VMM to have offered memory, or made vCPUs.
     machine: Option<Reply<()>>,
     /// Who waits for the guest to have so much memory beyond what it booted with; it has to run for that.
@@ -105,6 +109,7 @@ pub(super) fn spawn(vmm: Vmm, agent: Agent, slots: Slots, bounds: Bounds) -> San
         ports: Ports::default(),
         plugging: HashMap::new(),
         disks: Disks::new(slots),
+        owed: Owed::default(),
         machine: None,
         following: None,
         containers: HashMap::new(),
@@ -159,6 +164,10 @@ impl Owner {
                     None => break Last::Unwanted,
                 },
                 () = until(deadline) => break Last::Late,
+                () = until(self.owed.deadline()) => {
+                    self.owed.give_up();
+                    self.end(ended(Cause::HostError, "the VMM does not answer"), LAST_BREATH);
+                }
             }
         };
         // Nobody is answered from here on; the handles learn the cause.
@@ -252,7 +261,14 @@ impl Owner {
                 port,
                 socket,
                 reply,
-            } => answer(reply, vmm.connect(port, socket).await.map_err(Into::into)),
+            } => {
+                let sent = tokio::time::timeout(LAST_BREATH, vmm.connect(port, socket)).await;
+                let sent = sent.unwrap_or_else(|late| {
+                    let (step, source) = ("speak with the VMM", late.into());
+                    Err(VmmError::Host { step, source })
+                });
+                answer(reply, sent.map_err(Into::into));
+            }
             Message::Update {
                 id,
                 resources,
@@ -265,10 +281,12 @@ impl Owner {
             } => {
                 self.machine = Some(reply);
                 self.following = Some((extra, followed, Arc::clone(&self.busy)));
+                self.owed.ask(Asked::Machine, Instant::now());
                 vm_request(vmm, &Request::Memory { extra }, &[]).await;
             }
             Message::Vcpus { count, reply } => {
                 self.machine = Some(reply);
+                self.owed.ask(Asked::Machine, Instant::now());
                 vm_request(vmm, &Request::Vcpus { count }, &[]).await;
             }
             Message::FitGuest {
@@ -288,12 +306,14 @@ impl Owner {
             Message::Plug { plug, reply } => {
                 let Plug { slot, mac, .. } = plug;
                 self.plugging.insert(slot, reply);
+                self.owed.ask(Asked::Place(slot), Instant::now());
                 let fds = [Some(&plug.tap), plug.vhost.as_ref()];
                 let fds: Vec<_> = fds.into_iter().flatten().map(AsFd::as_fd).collect();
                 vm_request(vmm, &Request::Plug { slot, mac }, &fds).await;
             }
             Message::Unplug { slot, reply } => {
                 self.plugging.insert(slot, reply);
+                self.owed.ask(Asked::Place(slot), Instant::now());
                 vm_request(vmm, &Request::Unplug { slot }, &[]).await;
             }
             Message::UpdateNetwork { id, network, reply } => {
@@ -327,6 +347,7 @@ impl Owner {
 
     /// The VMM has done what was asked for one of its places, or cannot.
     fn place_changed(&mut self, slot: u8, event: VmEvent) {
+        self.owed.answered(Asked::Place(slot));
         let network = self.plugging.remove(&slot);
         match (event, network) {
             (VmEvent::Refused { message, .. }, Some(reply)) => {
@@ -365,6 +386,7 @@ impl Owner {
             }
             _ => return,
         };
+        self.owed.answered(Asked::Machine);
         if let Some(reply) = self.machine.take() {
             answer(reply, result);
         }

@@ -6,8 +6,8 @@
 //!
 //! Contract: pure; what happens goes in, what is to be done comes out ([`Effect`]), in order. The answers to RECV, SEND
 //! and ID_VALID are those of the kernel's own listener.
-//! A guest can neither fill the host (at most `MOST_WAITING` notifications, a question for each of them and for each
-//! request that waits) nor keep a supervisor waiting that serves others too: a question that it has not answered in
+//! A guest can neither fill the host (at most `MOST_WAITING` notifications that are not being answered and twice as many in
+//! all, a question for each of them and for each request that waits) nor keep a supervisor waiting that serves others too: a question that it has not answered in
 //! [`PATIENCE`], or that comes while it is behind with such a one, is answered as if the guest had not objected.
 
 use std::{
@@ -227,7 +227,7 @@ impl Session {
         match said {
             ToHost::Notified(notification) => {
                 let id = notification.id();
-                if self.phases.len() >= MOST_WAITING || self.phases.contains_key(&id) {
+                if self.is_full() || self.phases.contains_key(&id) {
                     return Err(Nonsense);
                 }
                 self.phases.insert(id, Phase::Queued);
@@ -247,6 +247,17 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Whether the guest may have no more notifications. Those that are being answered it need not count any more: it may
+    /// have found that their processes are gone. But it must get to the answers before there are as many of those again.
+    fn is_full(&self) -> bool {
+        let all = self.phases.len();
+        let open = || {
+            let phases = self.phases.values();
+            phases.filter(|phase| **phase != Phase::Answering).count()
+        };
+        all >= 2 * MOST_WAITING || (all >= MOST_WAITING && open() >= MOST_WAITING)
     }
 
     fn answered(&mut self, errno: u32) -> Result<(), Nonsense> {
@@ -491,9 +502,9 @@ mod tests {
             for answer in answers(&mut session) {
                 assert!(answer == WOKEN || open.remove(&answer.0), "{answer:?}");
             }
-            assert!(session.phases.len() <= MOST_WAITING);
+            assert!(session.phases.len() <= 2 * MOST_WAITING);
             assert!(session.queue.len() <= session.phases.len());
-            assert!(session.questions.len() <= MOST_WAITING + open.len());
+            assert!(session.questions.len() <= 2 * MOST_WAITING + open.len());
         }
         session.hung_up();
         for answer in answers(&mut session) {
@@ -515,5 +526,33 @@ mod tests {
         session.told(ToHost::Gone(1)).unwrap();
         session.told(ToHost::Gone(1)).unwrap();
         session.told(notification(u64::MAX)).unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_is_full_may_replace_what_is_being_answered_to_it() {
+        let (mut session, now) = (Session::default(), Instant::now());
+        let most = u64::try_from(MOST_WAITING).unwrap();
+        for id in 0..most {
+            session.told(notification(id)).unwrap();
+        }
+        asked(&mut session, 1, Kind::Receive, now);
+        let respond = |id| Kind::Respond(response(id));
+        assert_eq!(asked(&mut session, 2, respond(0), now), []);
+        // While the answer is on its way the guest finds that its process is gone, and takes the next one.
+        session.told(ToHost::Gone(0)).unwrap();
+        session.told(notification(most)).unwrap();
+        assert_eq!(session.told(notification(most + 1)), Err(Nonsense));
+        session.told(ToHost::Answered(2)).unwrap();
+        assert_eq!(answers(&mut session), [(2, NOENT)]);
+        assert_eq!(session.told(notification(most + 1)), Err(Nonsense));
+        // One that never gets to the answers fills nothing.
+        for id in 1..=most {
+            asked(&mut session, 3, Kind::Receive, now);
+            asked(&mut session, 4, respond(id), now);
+        }
+        for id in most + 1..=2 * most {
+            session.told(notification(id)).unwrap();
+        }
+        assert_eq!(session.told(notification(u64::MAX)), Err(Nonsense));
     }
 }

@@ -4,9 +4,12 @@ use std::{future::Future, net::SocketAddr, os::fd::AsFd, sync::Arc};
 
 use caisson_agent_api as api;
 use caisson_vmm_spec::Request;
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout},
+};
 
-use super::{Owner, answer, asked, tell, vm_request};
+use super::{Owner, answer, asked, owed::Asked, tell, vm_request};
 use crate::{
     agent::AgentError,
     disks::{Disk, Number},
@@ -125,6 +128,7 @@ impl Owner {
                     read_only: about.read_only,
                     serial: Disks::serial(about.number),
                 };
+                self.owed.ask(Asked::Place(slot), Instant::now());
                 vm_request(vmm, &request, &[file.as_fd()]).await;
             }
             all.push((about.number, device));
