@@ -395,8 +395,8 @@ pub(crate) fn run(cri: &Cri, config: PodSandboxConfig) -> Result<String, Status>
     Ok(ran.pod_sandbox_id)
 }
 
-/// Creates and starts a container in a pod and answers with its name.
-pub(crate) fn run_in(
+/// Creates a container in a pod and answers with its name.
+pub(crate) fn create_in(
     cri: &Cri,
     pod: &str,
     sandbox: &PodSandboxConfig,
@@ -408,7 +408,17 @@ pub(crate) fn run_in(
         sandbox_config: Some(sandbox.clone()),
     };
     let created = cri.answer(cri.runtime().create_container(request))?;
-    let container_id = created.container_id;
+    Ok(created.container_id)
+}
+
+/// Creates and starts a container in a pod and answers with its name.
+pub(crate) fn run_in(
+    cri: &Cri,
+    pod: &str,
+    sandbox: &PodSandboxConfig,
+    config: ContainerConfig,
+) -> Result<String, Status> {
+    let container_id = create_in(cri, pod, sandbox, config)?;
     let request = StartContainerRequest {
         container_id: container_id.clone(),
     };

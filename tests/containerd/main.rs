@@ -14,6 +14,7 @@ mod cri;
 mod cri_costs;
 mod cri_deaths;
 mod cri_devices;
+mod cri_kills;
 mod cri_many;
 mod cri_overhead;
 mod cri_pods;

@@ -223,9 +223,10 @@ impl Task for Service {
     async fn connect(
         &self,
         _: &TtrpcContext,
-        _: api::ConnectRequest,
+        request: api::ConnectRequest,
     ) -> ttrpc::Result<api::ConnectResponse> {
         self.0.heard();
+        self.0.must_be_of_use(&request.id).await?;
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
             task_pid: self.0.pid(),

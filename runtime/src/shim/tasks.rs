@@ -46,11 +46,13 @@ use crate::{
 };
 
 pub(super) mod create;
+mod creating;
 mod ends;
 pub(super) mod held;
 mod wanted;
 
 use create::Pod;
+use creating::Creating;
 use held::Held;
 
 /// All containers of a server.
@@ -70,6 +72,7 @@ pub(super) struct Tasks {
     changing: sync::Mutex<()>,
     /// The virtual machine of the Sandbox API's sandbox, from its boot on.
     machine: watch::Sender<Option<Sandbox>>,
+    creating: Creating,
     over: Notify,
 }
 
@@ -93,6 +96,7 @@ impl Tasks {
             containers: Mutex::default(),
             changing: sync::Mutex::new(()),
             machine: watch::Sender::new(None),
+            creating: Creating::default(),
             over: Notify::new(),
         }
     }
@@ -157,6 +161,7 @@ impl Tasks {
         if self.containers().contains_key(&request.id) {
             return Err(TaskError::Exists(format!("container {}", request.id)));
         }
+        let _asked_for_meanwhile = self.creating.begin(&request.id);
         let (container, flowing) = self.made(&request).await?;
         let container = Arc::new(container);
         self.containers()
@@ -186,7 +191,7 @@ impl Tasks {
 
     /// Lets a container's init go on, or starts a process that has been added.
     pub(super) async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, TaskError> {
-        let container = self.container(id)?;
+        let container = self.once_made(id).await?;
         let process = container.process(exec_id)?;
         let _told_before_its_end = process.gate.lock().await;
         if process.ended().is_some() {
@@ -295,7 +300,7 @@ impl Tasks {
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
-        let container = self.container(id)?;
+        let container = self.once_made(id).await?;
         let process = container.process(exec_id)?;
         if process.ended().is_some() {
             return Err(TaskError::Finished);
@@ -372,7 +377,7 @@ impl Tasks {
 
     /// The guest's pids of a container's processes.
     pub(super) async fn pids(&self, id: &str) -> Result<Vec<u32>, TaskError> {
-        Ok(self.container(id)?.sandbox.processes(id).await?)
+        Ok(self.once_made(id).await?.sandbox.processes(id).await?)
     }
 
     /// What a container uses, by the guest's count.
@@ -394,13 +399,13 @@ impl Tasks {
 
     /// Waits for a process's end.
     pub(super) async fn wait(&self, id: &str, exec_id: &str) -> Result<Ended, TaskError> {
-        let process = self.container(id)?.process(exec_id)?;
+        let process = self.once_made(id).await?.process(exec_id)?;
         Ok(process.wait().await)
     }
 
     /// What is true of a process.
     pub(super) async fn report(&self, id: &str, exec_id: &str) -> Result<Report, TaskError> {
-        let container = self.container(id)?;
+        let container = self.once_made(id).await?;
         let process = container.process(exec_id)?;
         let status = if process.ended().is_some() {
             Status::Stopped
