@@ -190,7 +190,8 @@ pub fn size(
             .ok()
             .filter(|vcpus| (1..=MOST_VCPUS).contains(vcpus))
             .ok_or(SizingError::Vcpus { vcpus })?,
-        None => vcpus_of(spec, config),
+        // Vcpus that share a CPU only slow each other down: so many are made only for who names their number.
+        None => vcpus_of(spec, config).min(cpus_of(host)),
     };
     let memory = match asked.and_then(|hw| hw.memory) {
         Some(bytes) if bytes < SMALLEST.bytes() => {
@@ -208,10 +209,7 @@ pub fn size(
             host_bytes: host.memory_bytes,
         });
     }
-    Ok(VmSize {
-        vcpus: vcpus.min(cpus_of(host)),
-        memory,
-    })
+    Ok(VmSize { vcpus, memory })
 }
 
 /// As many vCPUs as a machine of this host may have.
@@ -382,6 +380,8 @@ mod tests {
                 memory: MiB(128)
             })
         );
+        let smaller = Host { cpus: 1, ..HOST };
+        assert_eq!(sized("{}", vm, smaller).map(|size| size.vcpus), Ok(3));
         let small = sized("{}", r#"{"hwConfig":{"memory":1048576}}"#, HOST).unwrap_err();
         assert_eq!(small, SizingError::MachineTooSmall { bytes: 1 << 20 });
         for vcpus in [0, 33, 257] {
