@@ -94,28 +94,12 @@ impl<'a> User<'a> {
     }
 }
 
-/// Puts the programs and the guest's files where the user may read them: the repository may be in a place of root's own.
+/// Puts the programs and the guest's files where the user may read them.
 fn install(case: &Case) {
     let config = case.dir().join("config.toml");
-    let install = |from: &Path| {
-        let to = case.dir().join(from.file_name().expect("a name"));
-        fs::copy(from, &to).expect("copy");
-        to
-    };
     let text = fs::read_to_string(&config).expect("config.toml");
-    let lines = text.lines().map(|line| match line.split_once(" = ") {
-        Some((key @ ("kernel" | "initramfs" | "vmm"), path)) => {
-            let from: String = serde_json::from_str(path).expect("a path");
-            let from = Path::new(&from);
-            if key == "vmm" {
-                install(&from.with_file_name("caisson"));
-            }
-            format!("{key} = {:?}\n", install(from))
-        }
-        _ => format!("{line}\n"),
-    });
-    let text: String = lines.collect();
-    fs::write(config, text).expect("config.toml");
+    let installed = caisson_tests::installed::install(&text, case.dir());
+    fs::write(config, installed).expect("config.toml");
 }
 
 /// The subordinate users and groups follow the container's root.

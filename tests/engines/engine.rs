@@ -106,14 +106,19 @@ impl Engine {
 
     /// A command of the engine's.
     pub(crate) fn call<const N: usize>(&self, args: [&str; N]) -> Call {
+        let program = match self.kind {
+            Kind::Podman => "podman",
+            Kind::Docker => "docker",
+        };
+        self.program(program).args(args)
+    }
+
+    /// Another program.
+    pub(crate) fn program(&self, program: &str) -> Call {
         let number = self.calls.get();
         self.calls.set(number + 1);
         let output = self.dir.join(format!("call-{number}"));
-        let call = match self.kind {
-            Kind::Podman => Call::new("podman", &output),
-            Kind::Docker => Call::new("docker", &output),
-        };
-        call.args(args).limit(LIMIT)
+        Call::new(program, &output).limit(LIMIT)
     }
 
     /// What a command prints, without the last line's end; it must succeed.
@@ -276,7 +281,7 @@ impl Drop for Engine {
 }
 
 /// The program of the runtime under test.
-fn runtime_path() -> String {
+pub(crate) fn runtime_path() -> String {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
         .map(|dir| dir.join(case::runtime()))
@@ -285,7 +290,7 @@ fn runtime_path() -> String {
 }
 
 /// An archive with busybox as a whole system.
-fn busybox(dir: &Path) -> PathBuf {
+pub(crate) fn busybox(dir: &Path) -> PathBuf {
     let root = dir.join("busybox");
     for name in ["bin", "etc", "root", "tmp"] {
         fs::create_dir_all(root.join(name)).expect("directory");

@@ -1,7 +1,7 @@
 //! Container engines with the runtime under test in the place of their own: Debian's podman and Docker, unchanged.
 //!
 //! The same tests run with both engines, and on `runc` (`RUNTIME=runc`) they prove themselves. They need the lab
-//! (`lab up --image engines`): they write `/etc/caisson` and start a Docker daemon.
+//! (`lab up --image systemd`): they write `/etc/caisson` and start a Docker daemon.
 
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
@@ -9,6 +9,7 @@ mod docker;
 mod engine;
 mod http;
 mod podman;
+mod rootless;
 mod server;
 mod verbs;
 

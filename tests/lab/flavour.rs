@@ -9,9 +9,7 @@ pub(crate) enum Flavour {
     Base,
     /// The same with an older kernel, which has all of cgroup v1.
     Legacy,
-    /// And container engines: podman, Docker, buildah.
-    Engines,
-    /// And systemd as the first process, with a system bus.
+    /// And container engines (podman, Docker, buildah), and systemd as the first process, with a system bus.
     Systemd,
     /// The same of Debian 13: containerd 1.7, podman 5.4, Docker 26.
     Trixie,
@@ -25,7 +23,6 @@ impl Flavour {
         match self {
             Self::Base => "base",
             Self::Legacy => "legacy",
-            Self::Engines => "engines",
             Self::Systemd => "systemd",
             Self::Trixie => "trixie",
             Self::Sid => "sid",
@@ -35,7 +32,7 @@ impl Flavour {
     /// The suite of Debian that it is of, where that is not this machine's.
     pub(crate) const fn suite(self) -> Option<&'static str> {
         match self {
-            Self::Base | Self::Legacy | Self::Engines | Self::Systemd => None,
+            Self::Base | Self::Legacy | Self::Systemd => None,
             Self::Trixie => Some("trixie"),
             Self::Sid => Some("sid"),
         }
@@ -50,17 +47,15 @@ impl Flavour {
     pub(crate) const fn kernel(self) -> &'static str {
         match self {
             Self::Legacy => "linux-image-cloud-amd64",
-            Self::Base | Self::Engines | Self::Systemd | Self::Trixie | Self::Sid => {
-                "linux-image-6.12-cloud-amd64"
-            }
+            Self::Base | Self::Systemd | Self::Trixie | Self::Sid => "linux-image-6.12-cloud-amd64",
         }
     }
 
     /// What it consists of, besides what these depend on.
     pub(crate) fn packages(self) -> impl Iterator<Item = &'static &'static str> {
         let more: [&[&str]; 3] = match self {
-            Self::Base | Self::Legacy => [QEMU, &[], &[]],
-            Self::Engines => [QEMU, ENGINES, &[]],
+            Self::Base => [QEMU, READERS, &[]],
+            Self::Legacy => [QEMU, &[], &[]],
             Self::Systemd => [QEMU, ENGINES, SYSTEMD],
             Self::Trixie | Self::Sid => [ENGINES, NEWER, SYSTEMD],
         };
@@ -71,7 +66,7 @@ impl Flavour {
     pub(crate) const fn links(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Base | Self::Legacy => &[],
-            Self::Engines | Self::Systemd | Self::Trixie | Self::Sid => ENGINE_LINKS,
+            Self::Systemd | Self::Trixie | Self::Sid => ENGINE_LINKS,
         }
     }
 
@@ -133,6 +128,9 @@ const PACKAGES: &[&str] = &[
 /// A peer in benchmarks.
 const QEMU: &[&str] = &["qemu-system-x86"];
 
+/// What reads the package's completions and manual pages, beside bash.
+const READERS: &[&str] = &["fish", "mandoc", "zsh"];
+
 /// What Debian 12 has in the package `docker.io`.
 const NEWER: &[&str] = &["docker-cli"];
 
@@ -152,6 +150,7 @@ const ENGINES: &[&str] = &[
     "iptables",
     "netavark",
     "podman",
+    "slirp4netns",
     "tini",
 ];
 
@@ -167,12 +166,13 @@ const SYSTEMD_FILES: &[(&str, u32, &str)] = &[
         "etc/passwd",
         0o644,
         "root:x:0:0:root:/root:/bin/bash\nmessagebus:x:100:100::/nonexistent:/usr/sbin/nologin\n\
+         tester:x:1000:1000::/home/tester:/bin/bash\n\
          nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     ),
     (
         "etc/group",
         0o644,
-        "root:x:0:\ntty:x:5:\nmessagebus:x:100:\nkvm:x:104:\nnogroup:x:65534:\n",
+        "root:x:0:\ntty:x:5:\nmessagebus:x:100:\nkvm:x:104:tester\ntester:x:1000:\nnogroup:x:65534:\n",
     ),
     (
         "etc/machine-id",
@@ -223,7 +223,7 @@ const EXCLUDED: &[&str] = &[
     "./usr/share/info",
     "./usr/share/lintian",
     "./usr/share/bash-completion",
-    "./usr/share/zsh",
+    "./usr/share/zsh/help",
     "./usr/share/iso-codes",
     "./usr/share/xml",
     "./usr/share/perl*",

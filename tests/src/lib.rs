@@ -12,6 +12,7 @@ pub mod call;
 pub mod case;
 pub mod cgroup;
 pub mod host;
+pub mod installed;
 pub mod kernel;
 pub mod loop_device;
 pub mod mount;
