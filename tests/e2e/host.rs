@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use caisson_tests::cgroup::{self, Parent};
-use caisson_tests::{Bundle, Case, Outcome, case::runtime};
+use caisson_tests::{Bundle, Case, Loop, Outcome, case::runtime};
 use serde_json::{Value, json};
 
 /// A hook that appends its list's name, what it is told on stdin and where it runs to a file, as one line of JSON.
@@ -133,6 +133,30 @@ fn a_container_lives_in_the_cgroup_that_config_json_names_within_its_limits() {
     }
     case.delete("one");
     assert!(!cgroup::dirs(&one).iter().any(|dir| dir.exists()));
+}
+
+#[test]
+fn limits_of_block_devices_hold_for_the_sandbox() {
+    if cgroup::is_v1() {
+        println!("skipped: unit tests know the files of cgroup v1");
+        return;
+    }
+    let case = Case::begin();
+    let parent = Parent::make();
+    let disk = Loop::attach(&case, "disk");
+    let (major, minor) = disk.number();
+    let throttled = |rate: u32| json!([{"major": major, "minor": minor, "rate": rate}]);
+    let bundle = case.bundle().args(["sleep", "1000"]).edit(|spec| {
+        spec["linux"]["cgroupsPath"] = json!(parent.child("one"));
+        spec["linux"]["resources"]["blockIO"] = json!({
+            "throttleReadBpsDevice": throttled(1 << 20), "throttleWriteIOPSDevice": throttled(50)});
+    });
+    case.start(&bundle, "one");
+    let one = parent.child("one");
+    let device = format!("{major}:{minor}");
+    let wanted = format!("{device} rbps=1048576 wbps=max riops=max wiops=50");
+    assert_eq!(cgroup::read(&one, "io.max"), wanted);
+    case.delete("one");
 }
 
 #[test]

@@ -28,6 +28,8 @@ mod resources;
 mod rootless;
 mod signals;
 mod spec_fields;
+mod spec_hooks;
+mod spec_mounts;
 mod statuses;
 mod supervision;
 mod systemd;

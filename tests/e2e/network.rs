@@ -6,11 +6,23 @@
 
 use std::path::Path;
 
-use caisson_tests::Case;
+use caisson_tests::{Case, case};
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
 use crate::net::{Net, administer, comparable, echoes, sh, start_echo, until};
+
+/// What guest and VMM agree on for a network device, by the numbers of virtio's specification.
+const OFFLOADS: &[(usize, &str)] = &[
+    (0, "checksums of what leaves"),
+    (1, "checksums of what arrives"),
+    (7, "segmentation of what arrives by TCP over IPv4"),
+    (8, "segmentation of what arrives by TCP over IPv6"),
+    (11, "segmentation of what leaves by TCP over IPv4"),
+    (12, "segmentation of what leaves by TCP over IPv6"),
+    (15, "mergeable buffers"),
+    (29, "event indexes"),
+];
 
 #[test]
 fn interfaces_appear_with_everything_that_belongs_to_them() {
@@ -42,6 +54,13 @@ fn interfaces_appear_with_everything_that_belongs_to_them() {
         let outcome = case.exec("one", &format!("ip -j {question}"));
         assert_eq!(outcome.status, 0, "{outcome:?}");
         assert_eq!(comparable(outcome.text()), wanted, "ip {question}");
+    }
+    if case::runtime() == "caisson" {
+        let seen = case.exec("one", "cat /sys/class/net/eth0/device/features");
+        let has = |feature: usize| seen.text().as_bytes().get(feature) == Some(&b'1');
+        for (feature, name) in OFFLOADS {
+            assert!(has(*feature), "no {name}: {seen:?}");
+        }
     }
     case.delete("one");
     assert_eq!(

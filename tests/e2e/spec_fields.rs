@@ -5,14 +5,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use caisson_tests::mount::Tmpfs;
 use caisson_tests::{Bundle, Case, case};
 use serde_json::{Value, json};
 
-const TOO_NEW: &str = "runc 1.1 does not know these fields";
+pub(crate) const TOO_NEW: &str = "runc 1.1 does not know these fields";
 
 /// The container also gets a namespace of this kind.
-fn with_namespace(spec: &mut Value, kind: &str) {
+pub(crate) fn with_namespace(spec: &mut Value, kind: &str) {
     let namespaces = spec["linux"]["namespaces"]
         .as_array_mut()
         .expect("namespaces");
@@ -31,42 +30,14 @@ fn with_cgroup_mount(spec: &mut Value) {
     with_namespace(spec, "cgroup");
 }
 
-#[test]
-fn a_read_only_root_first_gets_the_mount_points_and_the_directory_that_it_lacks() {
-    let case = Case::begin();
-    let file = case.dir().join("file");
-    fs::write(&file, "from outside\n").expect("write");
-    let bundle = case.bundle().script("pwd; cat /new/file; echo x > /new/deep/x; echo $?; (echo x > /here) 2>&1; (echo x > here) 2>&1");
-    let bundle = bundle.edit(|spec| {
-        spec["root"]["readonly"] = json!(true);
-        spec["process"]["cwd"] = json!("/work/deep");
-        let mounts = spec["mounts"].as_array_mut().expect("mounts");
-        mounts.push(json!({"destination": "/new/deep", "type": "tmpfs", "source": "tmpfs"}));
-        mounts.push(json!({"destination": "/new/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
-    });
-    let outcome = case.run(&bundle);
-    let lines: Vec<&str> = outcome.text().lines().collect();
-    assert_eq!(
-        lines[..3],
-        ["/work/deep", "from outside", "0"],
-        "{outcome:?}"
-    );
-    assert_eq!(lines.len(), 5, "{outcome:?}");
-    assert!(
-        lines[3..]
-            .iter()
-            .all(|line| line.contains("Read-only file system")),
-        "{outcome:?}"
-    );
-    // As with runc they stay.
-    assert!(bundle.rootfs("work/deep").is_dir() && bundle.rootfs("new/deep").is_dir());
-    assert_eq!(
-        fs::metadata(bundle.rootfs("new/file"))
-            .expect("a mount point")
-            .len(),
-        0
-    );
-    assert!(!bundle.rootfs("here").exists());
+/// The container has a user namespace, whose root is user 100000.
+pub(crate) fn mapped(bundle: Bundle) -> Bundle {
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    bundle.edit(|spec| {
+        spec["linux"]["uidMappings"] = mappings.clone();
+        spec["linux"]["gidMappings"] = mappings;
+        with_namespace(spec, "user");
+    })
 }
 
 #[test]
@@ -177,6 +148,77 @@ fn scheduling_personality_names_and_clocks_are_the_containers_own() {
 }
 
 #[test]
+fn a_further_process_has_a_scheduler_and_a_priority_of_its_own() {
+    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
+        return;
+    };
+    let bundle = case.bundle().args(["sleep", "1000"]);
+    let bundle = bundle.edit(|spec| {
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = json!(["CAP_SYS_NICE", "CAP_KILL"]);
+        }
+    });
+    case.start(&bundle, "one");
+    let mine =
+        "read -r line < /proc/$$/stat; set -- ${line#*) }; echo ${17} ${38} ${39}; ionice -p $$";
+    let with = |scheduler: Value, class: &str, priority: u8| {
+        let file = case.dir().join("process.json");
+        let process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"],
+            "args": ["sh", "-c", mine], "scheduler": scheduler,
+            "ioPriority": {"class": class, "priority": priority}});
+        fs::write(&file, process.to_string()).expect("write");
+        let file = file.to_str().expect("text");
+        case.call(["exec", "--process", file, "one"]).finish()
+    };
+    let reset = ["SCHED_RESET_ON_FORK"];
+    let deadline = json!({"policy": "SCHED_DEADLINE", "runtime": 10_000_000, "deadline": 100_000_000,
+        "period": 100_000_000, "flags": reset});
+    for (scheduler, class, priority, seen) in [
+        (
+            json!({"policy": "SCHED_FIFO", "priority": 10}),
+            "IOPRIO_CLASS_RT",
+            2,
+            "0 10 1\nrealtime: prio 2\n",
+        ),
+        (
+            json!({"policy": "SCHED_RR", "priority": 20}),
+            "IOPRIO_CLASS_IDLE",
+            0,
+            "0 20 2\nidle\n",
+        ),
+        (
+            json!({"policy": "SCHED_IDLE"}),
+            "IOPRIO_CLASS_BE",
+            1,
+            "0 0 5\nbest-effort: prio 1\n",
+        ),
+        (
+            json!({"policy": "SCHED_OTHER", "nice": -7}),
+            "IOPRIO_CLASS_BE",
+            7,
+            "-7 0 0\nbest-effort: prio 7\n",
+        ),
+        (
+            deadline,
+            "IOPRIO_CLASS_BE",
+            0,
+            "0 0 6\nbest-effort: prio 0\n",
+        ),
+    ] {
+        let outcome = with(scheduler, class, priority);
+        assert_eq!(outcome.text(), seen, "{outcome:?}");
+    }
+    let outcome = with(
+        json!({"policy": "SCHED_FIFO", "priority": 100}),
+        "IOPRIO_CLASS_BE",
+        0,
+    );
+    assert_ne!(outcome.status, 0, "{outcome:?}");
+    assert!(outcome.stderr.contains("scheduler"), "{outcome:?}");
+    case.delete("one");
+}
+
+#[test]
 fn unified_settings_have_the_last_word() {
     let case = Case::begin();
     let bundle = case
@@ -231,12 +273,7 @@ fn a_vm_section_that_the_host_allows_chooses_kernel_and_size() {
 fn a_user_namespace_maps_identities_on_the_shared_files() {
     let case = Case::begin();
     let script = "cat /proc/self/uid_map | tr -s ' '; id -u; id -g; touch /made; stat -c '%u %g' /made /bin/busybox";
-    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-    let bundle = case.bundle().script(script).edit(|spec| {
-        with_namespace(spec, "user");
-        spec["linux"]["uidMappings"] = mapping.clone();
-        spec["linux"]["gidMappings"] = mapping;
-    });
+    let bundle = mapped(case.bundle().script(script));
     let own = case.program("chown").args(["-R", "100000:100000"]);
     own.args([bundle.rootfs("")]).succeed();
     let outcome = case.run(&bundle);
@@ -248,49 +285,6 @@ fn a_user_namespace_maps_identities_on_the_shared_files() {
     );
     let made = fs::metadata(bundle.rootfs("made")).expect("made");
     assert_eq!((made.uid(), made.gid()), (100_000, 100_000));
-}
-
-#[test]
-fn recursive_attributes_reach_the_mounts_below() {
-    let case = Case::begin();
-    let outer = Tmpfs::mount(&case.dir().join("outer"));
-    let inner = Tmpfs::mount(&outer.dir().join("inner"));
-    fs::copy("/bin/busybox", inner.dir().join("busybox")).expect("copy");
-    let source = outer.dir().to_str().expect("text");
-    let script = "for d in all top; do for f in $d/x $d/inner/x; do (echo > /$f) 2>/dev/null && echo $f can be written; done; \
-                  /$d/inner/busybox echo $d runs 2>/dev/null; done; true";
-    let bundle = case
-        .bundle()
-        .script(script)
-        .mount(source, "/all", &["rbind", "rro", "rnoexec"])
-        .mount(source, "/top", &["rbind"]);
-    let outcome = case.run(&bundle);
-    assert_eq!(
-        outcome.text(),
-        "top/x can be written\ntop/inner/x can be written\ntop runs\n",
-        "{outcome:?}"
-    );
-    drop(inner);
-}
-
-#[test]
-fn the_roots_propagation_is_as_asked() {
-    let Some(case) = Case::begin_with_vm("runc 1.1 applies it to the root before pivot_root")
-    else {
-        return;
-    };
-    for (word, is_shared) in [("shared", true), ("private", false)] {
-        let bundle = case
-            .bundle_in(word)
-            .script("awk '$5 == \"/\"' /proc/self/mountinfo");
-        let bundle = bundle.edit(|spec| spec["linux"]["rootfsPropagation"] = json!(word));
-        let outcome = case.run(&bundle);
-        assert_eq!(
-            outcome.text().contains(" shared:"),
-            is_shared,
-            "{word}: {outcome:?}"
-        );
-    }
 }
 
 #[test]
@@ -329,66 +323,6 @@ fn sysctls_of_the_containers_namespaces_are_set_and_others_refused() {
     case.nothing_is_left();
 }
 
-/// A hook that leaves what it is told on standard input in a file.
-fn telling(program: &str, file: &str) -> Value {
-    json!([{"path": program, "args": ["sh", "-c", format!("read -r state; echo \"$WORD $state\" > {file}")], "env": ["WORD=spoken"]}])
-}
-
-#[track_caller]
-fn was_told(bundle: &Bundle, file: &str, status: &str) {
-    let text = fs::read_to_string(bundle.rootfs(file)).expect("the hook did not run");
-    let state = text
-        .strip_prefix("spoken ")
-        .expect("the hook's environment");
-    let state: Value = serde_json::from_str(state).expect("the state is JSON");
-    assert_eq!(state["status"], status, "{state}");
-    assert_eq!(state["bundle"], json!(bundle.dir()), "{state}");
-}
-
-#[test]
-fn a_start_container_hook_runs_in_the_container_and_is_told_the_state() {
-    let case = Case::begin();
-    let hook = telling("/bin/sh", "/told");
-    let bundle = case
-        .bundle()
-        .script("echo program")
-        .edit(|spec| spec["hooks"] = json!({"startContainer": hook}));
-    let outcome = case.run(&bundle);
-    assert_eq!(
-        (outcome.status, outcome.text()),
-        (0, "program\n"),
-        "{outcome:?}"
-    );
-    was_told(&bundle, "told", "created");
-    let failing =
-        json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo in its own words >&2; exit 3"]}]);
-    let bundle = bundle.edit(|spec| spec["hooks"]["startContainer"] = failing);
-    case.run(&bundle).is_refusal("in its own words");
-    case.nothing_is_left();
-}
-
-#[test]
-fn a_create_container_hook_runs_in_the_guest_by_a_path_of_the_guest() {
-    let Some(case) = Case::begin_with_vm("a path of the host's, with runc") else {
-        return;
-    };
-    let guests_view = "/run/caisson/share/run/rootfs";
-    let hook = telling(
-        &format!("{guests_view}/bin/sh"),
-        &format!("{guests_view}/told"),
-    );
-    let bundle = case
-        .bundle()
-        .edit(|spec| spec["hooks"] = json!({"createContainer": hook}));
-    let outcome = case.run(&bundle);
-    assert_eq!(outcome.status, 0, "{outcome:?}");
-    was_told(&bundle, "told", "creating");
-    let bundle = bundle
-        .edit(|spec| spec["hooks"]["createContainer"][0]["path"] = json!("/usr/bin/of-the-host"));
-    case.run(&bundle).is_refusal("/usr/bin/of-the-host");
-    case.nothing_is_left();
-}
-
 #[test]
 fn what_a_machine_cannot_give_is_refused_by_name() {
     let Some(case) = Case::begin_with_vm("runc can, or does not know them") else {
@@ -413,6 +347,12 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
         ("/linux", "namespaces", net, "a path for the ipc namespace"),
         (
             "/linux/resources",
+            "network",
+            json!({"classID": 7}),
+            "linux.resources.network",
+        ),
+        (
+            "/linux/resources",
             "rdma",
             json!({"mlx5_1": {"hcaHandles": 3}}),
             "linux.resources.rdma",
@@ -426,107 +366,6 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
         assert!(outcome.stderr.contains("supported"), "{outcome:?}");
         case.nothing_is_left();
     }
-}
-
-/// Mappings of users and groups alike: the owner on the file system, the owner on the mount.
-fn map(spec: &mut Value, owners: &[(u32, u32)]) {
-    let mappings = owners
-        .iter()
-        .map(|(from, to)| json!({"containerID": from, "hostID": to, "size": 1}));
-    let mappings: Vec<_> = mappings.collect();
-    let mount = spec["mounts"].as_array_mut().and_then(|all| all.last_mut());
-    let mount = mount.expect("a mount");
-    mount["uidMappings"] = json!(mappings);
-    mount["gidMappings"] = json!(mappings);
-}
-
-fn owners(path: &std::path::Path) -> (u32, u32) {
-    let meta = fs::symlink_metadata(path).expect("stat");
-    (meta.uid(), meta.gid())
-}
-
-/// A directory with a file of user 1000's, and below it a mount with one of user 1001's.
-fn directory_with_mount(case: &Case) -> (std::path::PathBuf, Tmpfs) {
-    let source = case.dir().join("source");
-    fs::create_dir(&source).expect("mkdir");
-    let inner = Tmpfs::mount(&source.join("inner"));
-    for (name, owner) in [("outer-file", 1000), ("inner/inner-file", 1001)] {
-        fs::write(source.join(name), "").expect("write");
-        let path = source.join(name);
-        std::os::unix::fs::chown(path, Some(owner), Some(owner)).expect("chown");
-    }
-    fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o777))
-        .expect("chmod");
-    (source, inner)
-}
-
-#[test]
-fn an_id_mapped_mount_shows_and_makes_files_under_other_owners() {
-    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
-        return;
-    };
-    let (source, inner) = directory_with_mount(&case);
-    let source_text = source.to_str().expect("text");
-    let script = "stat -c %u:%g /m/outer-file /m/inner/inner-file; touch /m/by-root; \
-                  mkdir /m/dir; chown 2001:2001 /m/dir; stat -c %u:%g /m/by-root /m/dir; \
-                  touch /m/foreign; chown 7:7 /m/foreign || echo no; rm -f /m/foreign";
-    for (option, inner_owner) in [("idmap", "1001:1001"), ("ridmap", "2001:2001")] {
-        let bundle = case
-            .bundle_in(option)
-            .mount(source_text, "/m", &["rbind", option]);
-        let bundle = bundle
-            .privileged_files()
-            .script(script)
-            .edit(|spec| map(spec, &[(0, 0), (1000, 2000), (1001, 2001)]));
-        let outcome = case.run(&bundle);
-        assert_eq!(
-            outcome.text(),
-            format!("2000:2000\n{inner_owner}\n0:0\n2001:2001\nno\n"),
-            "{option}: {outcome:?}"
-        );
-        assert_eq!(owners(&source.join("by-root")), (0, 0));
-        assert_eq!(owners(&source.join("dir")), (1001, 1001));
-        fs::remove_file(source.join("by-root")).expect("remove");
-        fs::remove_dir(source.join("dir")).expect("remove");
-    }
-    drop(inner);
-}
-
-#[test]
-fn an_id_mapped_mount_without_mappings_has_those_of_the_user_namespace() {
-    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
-        return;
-    };
-    let source = case.dir().join("source");
-    fs::create_dir(&source).expect("mkdir");
-    fs::write(source.join("theirs"), "").expect("write");
-    let bundle = case
-        .bundle()
-        .script("stat -c %u:%g /m /m/theirs; touch /m/mine; stat -c %u:%g /m/mine")
-        .mount(source.to_str().expect("text"), "/m", &["bind", "idmap"])
-        .edit(|spec| {
-            let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-            spec["linux"]["uidMappings"] = mappings.clone();
-            spec["linux"]["gidMappings"] = mappings;
-            with_namespace(spec, "user");
-        });
-    let own = case.program("chown").args(["-R", "100000:100000"]);
-    own.args([bundle.rootfs("")]).succeed();
-    let outcome = case.run(&bundle);
-    assert_eq!(outcome.text(), "0:0\n0:0\n0:0\n", "{outcome:?}");
-    assert_eq!(owners(&source.join("mine")), (0, 0));
-}
-
-#[test]
-fn a_file_system_without_id_mapped_mounts_is_named() {
-    let Some(case) = Case::begin_with_vm(TOO_NEW) else {
-        return;
-    };
-    let bundle = case.bundle().mount("/sys/class", "/m", &["bind", "idmap"]);
-    let bundle = bundle.edit(|spec| map(spec, &[(0, 5)]));
-    case.run(&bundle)
-        .is_refusal("failed to set MOUNT_ATTR_IDMAP on /sys/class");
-    case.nothing_is_left();
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{major, minor};
 use serde_json::json;
 
-use crate::{Bundle, Case};
+use crate::{Bundle, Call, Case};
 
 /// A block device of the host's on a file, until it is dropped.
 pub struct Loop {
@@ -21,11 +21,16 @@ impl Loop {
 
     /// Attaches one to a new file in the case's directory.
     pub fn attach(case: &Case, name: &str) -> Self {
-        let file = case.dir().join(name);
+        Self::attach_in(case.dir(), name)
+    }
+
+    /// Attaches one to a new file in this directory.
+    pub fn attach_in(dir: &Path, name: &str) -> Self {
+        let file = dir.join(name);
         let made = File::create(&file).expect("file");
         made.set_len(Self::BYTES).expect("size");
-        let shown = case.program("losetup").args(["-f", "--show"]);
-        let outcome = shown.args([&file]).succeed();
+        let shown = Call::new("losetup", &dir.join(format!("{name}-losetup")));
+        let outcome = shown.args(["-f", "--show"]).args([&file]).succeed();
         Self {
             device: outcome.text().trim().into(),
             file,
@@ -37,7 +42,8 @@ impl Loop {
         &self.device
     }
 
-    fn number(&self) -> (u32, u32) {
+    /// Its number: major, minor.
+    pub fn number(&self) -> (u32, u32) {
         let about = fs::metadata(&self.device).expect("the device");
         assert!(about.file_type().is_block_device());
         (major(about.rdev()), minor(about.rdev()))
