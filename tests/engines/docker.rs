@@ -1,10 +1,12 @@
 //! What only Docker has.
 
 use std::fs;
+use std::net::Ipv4Addr;
 
 use caisson_tests::{Call, case};
 
 use crate::engine::{Engine, IMAGE};
+use crate::names::{LONG, Names, SHORT};
 
 #[test]
 fn composed_services_reach_each_other_by_name() {
@@ -43,6 +45,39 @@ services:
     let listed = compose("ps", &["ps", "-q"]).succeed();
     assert_eq!(listed.text().lines().count(), 2);
     compose("down", &["down"]).succeed();
+}
+
+#[test]
+fn a_name_that_only_an_outside_server_knows_is_found_on_a_network_of_dockers() {
+    let engine = Engine::docker();
+    // The host's own address on that network is, for its containers, as far outside as any.
+    let server = Ipv4Addr::new(172, 31, 53, 1);
+    let dns = server.to_string();
+    engine.ok([
+        "network",
+        "create",
+        "--subnet",
+        "172.31.53.0/24",
+        "--gateway",
+        &dns,
+        "outside",
+    ]);
+    let names = Names::serve(server);
+    let script =
+        format!("ping -c 1 {SHORT} && ping -c 1 {LONG} && ! ping -c 1 nobody.outside.test");
+    let run = engine.networked_call(["--rm", "--network", "outside", "--dns", &dns]);
+    let outcome = run.args([IMAGE, "sh", "-c", &script]).succeed();
+    for name in [SHORT, LONG] {
+        let said = format!("PING {name} ({dns})");
+        assert!(outcome.text().contains(&said), "{outcome:?}");
+    }
+    let heard = names.heard();
+    for (protocol, name) in [("UDP", SHORT), ("UDP", LONG), ("TCP", LONG)] {
+        let asked = heard.contains(&(protocol, name.to_owned()));
+        assert!(asked, "{name} by {protocol}: {heard:?}");
+    }
+    drop(names);
+    engine.ok(["network", "rm", "outside"]);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 mod docker;
 mod engine;
 mod http;
+mod names;
 mod podman;
 mod rootless;
 mod server;

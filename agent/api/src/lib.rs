@@ -39,13 +39,15 @@ pub const SHARE_TAG: &str = "caisson";
 pub const SHARE_MOUNT: &str = "/run/caisson/share";
 
 /// The resolver that Docker runs for the containers of its networks: on the host, at this address in the container's
-/// network namespace, for queries by UDP. What is asked there in the guest travels to the host over a stream, a datagram
-/// each as the asker's number and the length, two bytes in network order each, and the datagram.
+/// network namespace. What is asked there in the guest travels to the host over a stream, a message each as the asker's
+/// number and the length, two bytes in network order each, and the message.
 pub const RESOLVER: core::net::Ipv4Addr = core::net::Ipv4Addr::new(127, 0, 0, 11);
 /// Its port, and the most askers whose answers may be outstanding.
 pub const RESOLVER_PORT: u16 = 53;
 /// See [`RESOLVER`].
 pub const RESOLVER_ASKERS: u16 = 256;
+/// In an asker's number: the question came by TCP, and goes on by TCP.
+pub const RESOLVER_BY_TCP: u16 = 0x8000;
 
 /// Where the memory is that the containers of a sandbox share as their /dev/shm.
 pub const SHM_MOUNT: &str = "/run/caisson/shm";

@@ -256,11 +256,14 @@ pub(super) async fn create(
             if let Some(change) = network.change()? {
                 unless_abandoned(report, change.plug(&sandbox)).await??;
             }
+            request.wanted.resolver = resolver::is_wanted(&spec);
+            if request.wanted.resolver {
+                network.keep_answers();
+            }
             for complaint in network.complaints() {
                 report.send(&Report::Warning(complaint), &[]).await?;
             }
             request.network = network.whole();
-            request.wanted.resolver = resolver::is_wanted(&spec);
         }
         sandbox.admit(id, limits.needs()).await?;
         if let Some(reached) = reached {

@@ -5,18 +5,24 @@
 //!  network -> interface -> ingress: redirect -> tap       -> the guest receives
 //! ```
 //!
-//! Contract: the host's own stack sees none of the guest's packets, in either direction. A [`Joint`] that is dropped
+//! Contract: the host's own stack sees none of the guest's packets, in either direction, and of others only what
+//! [`Joint::keep_answers`] says. A [`Joint`] that is dropped
 //! takes the filter off the interface, and the queueing discipline if it was made for it; the tap goes with its last
 //! descriptor, and its filters with it. After a crash [`clear`] does the same for what is left.
 //! What the host's configuration lets through ([`Limits`]) holds here, in the host's kernel, whoever moves the packets
 //! between tap and guest.
 //! Spec: `linux/pkt_sched.h`, `linux/pkt_cls.h`, `linux/tc_act/tc_mirred.h`.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
 
 use caisson_agent_api::netlink::{Builder, attribute, messages, u32_at};
 
 use super::{
+    bpf,
     limits::{self, Limits},
     netlink::{NEW, Socket},
     tap::Tap,
@@ -34,13 +40,22 @@ const EGRESS: u32 = 0xffff_ffff;
 const EGRESS_HANDLE: u32 = 0xca15_0000;
 /// The filters' priority: by it they are known as ours. Others' filters that come first may take packets.
 const PRIORITY: u32 = 0xca15;
-/// Comes after that: what none of the others has taken.
+/// Comes before that: what stays on the host.
+const FIRST_PRIORITY: u32 = PRIORITY - 1;
+/// Comes after it: what none of the others has taken.
 const LAST_PRIORITY: u32 = PRIORITY + 1;
 /// `ETH_P_ALL` in network order.
 const ALL_PROTOCOLS: u32 = 0x0300;
 
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
+const TCA_BPF_FD: u16 = 6;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_FLAGS: u16 = 8;
+/// `TCA_BPF_FLAG_ACT_DIRECT`: the program's answer is what is done.
+const PROGRAM_DECIDES: u32 = 1;
+/// What tc(8) shows.
+const PROGRAM_NAME: &str = "caisson";
 
 /// `IFF_NOARP`: nobody on the host speaks through a tap.
 const NO_ARP: u32 = 0x80;
@@ -88,7 +103,7 @@ impl Joint {
         };
         if !owns_ingress {
             // Left by one that was killed, or none.
-            let _ = socket.request(filter(libc::RTM_DELTFILTER, 0, index));
+            let _ = unfilter(socket, index);
         }
         joint.shape()?;
         joint.lead_out(interface.mac)?;
@@ -101,6 +116,13 @@ impl Joint {
             .text(TCA_KIND, "matchall"),
         )?;
         Ok((joint, file))
+    }
+
+    /// Leaves answers to questions that are asked from the namespace itself to the host's stack (`bpf/answers.rs`).
+    pub(super) fn keep_answers(&self) -> io::Result<()> {
+        let program = bpf::answers(self.tap)?;
+        self.socket
+            .request(answers_filter(self.interface, program.as_fd()))
     }
 
     /// Queues what is too much.
@@ -175,8 +197,7 @@ impl Drop for Joint {
             self.socket
                 .request(ingress(libc::RTM_DELQDISC, 0, self.interface))
         } else {
-            self.socket
-                .request(filter(libc::RTM_DELTFILTER, 0, self.interface))
+            unfilter(&self.socket, self.interface)
         };
     }
 }
@@ -188,7 +209,7 @@ pub(super) fn clear(socket: &Socket, interface: u32) -> io::Result<()> {
     let _ = socket.request(no_queue(interface));
     let filters = socket.list(filter_head(libc::RTM_GETTFILTER, 0, interface, 0))?;
     let all = filters.iter().flat_map(|datagram| messages(datagram));
-    let ours = |info: u32| info >> 16 == PRIORITY;
+    let ours = |info: u32| [FIRST_PRIORITY, PRIORITY].contains(&(info >> 16));
     let infos: Vec<u32> = all.filter_map(|message| u32_at(message.body, 16)).collect();
     if !infos.iter().any(|info| ours(*info)) {
         return Ok(());
@@ -196,8 +217,15 @@ pub(super) fn clear(socket: &Socket, interface: u32) -> io::Result<()> {
     if infos.iter().all(|info| ours(*info)) && is_plain_ingress(socket, interface)? {
         socket.request(ingress(libc::RTM_DELQDISC, 0, interface))
     } else {
-        socket.request(filter(libc::RTM_DELTFILTER, 0, interface))
+        unfilter(socket, interface)
     }
+}
+
+/// Removes our filters from an interface.
+fn unfilter(socket: &Socket, interface: u32) -> io::Result<()> {
+    // Most have none of these.
+    let _ = socket.request(first_filter(libc::RTM_DELTFILTER, 0, interface));
+    socket.request(filter(libc::RTM_DELTFILTER, 0, interface))
 }
 
 fn is_plain_ingress(socket: &Socket, interface: u32) -> io::Result<bool> {
@@ -271,6 +299,23 @@ fn filter(kind: u16, flags: u16, interface: u32) -> Builder {
     filter_head(kind, flags, interface, PRIORITY << 16 | ALL_PROTOCOLS)
 }
 
+fn first_filter(kind: u16, flags: u16, interface: u32) -> Builder {
+    let info = FIRST_PRIORITY << 16 | ALL_PROTOCOLS;
+    filter_head(kind, flags, interface, info)
+}
+
+/// What comes in at `interface` is shown to a program first.
+fn answers_filter(interface: u32, program: BorrowedFd<'_>) -> Builder {
+    first_filter(libc::RTM_NEWTFILTER, NEW, interface)
+        .text(TCA_KIND, "bpf")
+        .nested(TCA_OPTIONS, |options| {
+            options
+                .attribute(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes())
+                .text(TCA_BPF_NAME, PROGRAM_NAME)
+                .attribute(TCA_BPF_FLAGS, &PROGRAM_DECIDES.to_ne_bytes())
+        })
+}
+
 /// What comes in at `from` is dealt with by what is in `options`; the kind of filter is to be added.
 fn redirect(from: u32, options: impl FnOnce(Builder) -> Builder) -> Builder {
     filter(libc::RTM_NEWTFILTER, NEW, from).nested(TCA_OPTIONS, options)
@@ -310,6 +355,21 @@ mod tests {
         );
         let options = attribute(&message.body[20..], TCA_OPTIONS).unwrap();
         assert!(attribute(options, limits::MATCHALL_ACTIONS).is_some());
+    }
+
+    #[test]
+    fn the_program_sees_a_packet_before_the_redirection() {
+        let file = std::io::pipe().unwrap().0;
+        let message = answers_filter(7, file.as_fd()).finish();
+        let message = messages(&message).next().unwrap();
+        let priority = u32_at(message.body, 16).map(|info| info >> 16);
+        assert!(priority.is_some_and(|priority| priority < PRIORITY));
+        let options = attribute(&message.body[20..], TCA_OPTIONS).unwrap();
+        let number = file.as_raw_fd().to_ne_bytes();
+        assert_eq!(attribute(options, TCA_BPF_FD), Some(&number[..]));
+        let remove = first_filter(libc::RTM_DELTFILTER, 0, 7).finish();
+        let remove = messages(&remove).next().unwrap();
+        assert_eq!(remove.body[..20], message.body[..20]);
     }
 
     #[test]

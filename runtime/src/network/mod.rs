@@ -6,7 +6,8 @@
 //! | `netlink.rs` | the kernel's answers about it, and its notices of changes |
 //! | `view.rs` | what is in it, and how one view becomes another (pure) |
 //! | `joint.rs`, `tap.rs` | an interface joined to a tap |
-//! | `loopback.rs`, `bpf.rs` | what connects to the namespace's loopback addresses is connected to the guest's |
+//! | `loopback.rs` | what connects to the namespace's loopback addresses is connected to the guest's |
+//! | `bpf/` | programs of the kernel's for these two |
 //! | `limits.rs` | what passes there, in tc's words (pure) |
 //! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
 //! | `change.rs` | what a change on the host means for the virtual machine and the guest |
@@ -107,6 +108,9 @@ pub enum NetworkError {
         /// Why.
         source: io::Error,
     },
+    /// A kernel without such programs, or a caller who may not load them.
+    #[error("names of the outside are not found: let the resolver's answers through")]
+    Answers(#[source] io::Error),
     /// The user-mode network.
     #[error(transparent)]
     Passt(#[from] PasstError),
@@ -186,6 +190,8 @@ pub struct Network {
     limits: Limits,
     /// Whether the host's kernel is to move packets.
     vhost: bool,
+    /// Whether the namespace's own questions about names are answered on the host.
+    keeps_answers: bool,
     /// The namespace, if it outlives this process.
     place: Option<Place>,
     /// Whether this process is in it.
@@ -261,6 +267,7 @@ impl Network {
             places: Slots::default(),
             limits: Limits::default(),
             vhost: false,
+            keeps_answers: false,
             place,
             inside: true,
             record: state_dir.join(RECORD),
@@ -321,6 +328,17 @@ impl Network {
         self.places.clone()
     }
 
+    /// Leaves to the host's stack what answers a resolver that asks from the namespace, as Docker's does. A host that
+    /// cannot is complained of.
+    pub fn keep_answers(&mut self) {
+        self.keeps_answers = true;
+        let occupants = self.slots.iter().flatten();
+        let mut joints = occupants.filter_map(|occupant| occupant.joint.as_ref());
+        if let Err(source) = joints.try_for_each(Joint::keep_answers) {
+            self.complain(&NetworkError::Answers(source));
+        }
+    }
+
     /// All that the guest needs for the interfaces so far.
     pub fn whole(&self) -> api::Network {
         self.guest(View::default().difference(&self.view), &self.view)
@@ -379,6 +397,11 @@ impl Network {
             name: interface.name.clone(),
             source,
         })?;
+        if self.keeps_answers
+            && let Err(source) = joint.keep_answers()
+        {
+            self.complain(&NetworkError::Answers(source));
+        }
         Ok((Some(joint), tap, NetworkKind::Tap))
     }
 

@@ -4,22 +4,28 @@
 //! namespace, on the host. In the guest that address is the guest's own: the agent listens there and sends what it hears
 //! over a stream.
 //!
-//! Contract: the guest's datagrams are passed on as they are, except for the two bytes by which an answer finds its
-//! question, and to that address alone. Answers that nobody waits for are dropped. Nothing grows with what the guest sends.
-//! Not here: queries by TCP; the resolver's own questions to others.
+//! Contract: the guest's messages are passed on as they are, except for the two bytes by which an answer by UDP finds its
+//! question, and to that address alone, by the protocol that they came by. Each question by TCP has a connection of its
+//! own, for at most [`PATIENCE`]; of those there are at most [`MOST_CONNECTIONS`], and a question too many is one without
+//! an answer. Answers that nobody waits for are dropped. Nothing grows with what the guest sends.
+//! Not here: the resolver's own questions to others (`bpf/answers.rs`).
 
 use std::{
     fs, io,
+    net::SocketAddr,
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
-use caisson_agent_api::{RESOLVER, RESOLVER_ASKERS, RESOLVER_PORT};
+use caisson_agent_api::{RESOLVER, RESOLVER_ASKERS, RESOLVER_BY_TCP, RESOLVER_PORT};
 use oci_spec::runtime::Spec;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{UdpSocket, UnixStream, unix},
+    net::{TcpStream, UdpSocket, UnixStream, unix},
+    task::JoinSet,
+    time::timeout,
 };
 
 /// Where programs look for the resolver's address.
@@ -30,6 +36,10 @@ const HEADER_BYTES: usize = 12;
 
 /// The longest answer that is passed on.
 const LONGEST_BYTES: usize = 65_535;
+
+/// How many questions may be asked by TCP at once, and how long each may take: Docker's resolver gives up earlier.
+const MOST_CONNECTIONS: usize = 32;
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Whether the container is told to ask the resolver: by the file of the host's that it gets as its configuration.
 pub fn is_wanted(spec: &Spec) -> bool {
@@ -77,26 +87,40 @@ pub async fn relay(agent: OwnedFd) -> io::Result<()> {
     between(UnixStream::from_std(agent)?, &resolver).await
 }
 
+/// The way back, for whoever has an answer.
+type Asker = Arc<tokio::sync::Mutex<unix::OwnedWriteHalf>>;
+
 async fn between(agent: UnixStream, resolver: &UdpSocket) -> io::Result<()> {
     let questions = Mutex::new(vec![None; usize::from(RESOLVER_ASKERS)]);
     let (from, to) = agent.into_split();
+    let to = Arc::new(tokio::sync::Mutex::new(to));
     tokio::select! {
-        ended = ask(from, resolver, &questions) => ended,
-        ended = answer(to, resolver, &questions) => ended,
+        ended = ask(from, &to, resolver, &questions) => ended,
+        ended = answer(&to, resolver, &questions) => ended,
     }
 }
 
 async fn ask(
     mut agent: unix::OwnedReadHalf,
+    back: &Asker,
     resolver: &UdpSocket,
     questions: &Questions,
 ) -> io::Result<()> {
+    let server = resolver.peer_addr()?;
+    let mut connections = JoinSet::new();
     let mut number: u16 = 0;
     loop {
         let asker = agent.read_u16().await?;
         let mut question = vec![0; usize::from(agent.read_u16().await?)];
         agent.read_exact(&mut question).await?;
         if question.len() < HEADER_BYTES {
+            continue;
+        }
+        if asker & RESOLVER_BY_TCP != 0 {
+            while connections.try_join_next().is_some() {}
+            if connections.len() < MOST_CONNECTIONS {
+                connections.spawn(ask_by_tcp(server, asker, question, Arc::clone(back)));
+            }
             continue;
         }
         number = number.wrapping_add(1);
@@ -117,11 +141,35 @@ async fn ask(
     }
 }
 
-async fn answer(
-    mut agent: unix::OwnedWriteHalf,
-    resolver: &UdpSocket,
-    questions: &Questions,
+/// RFC 1035, 4.2.2: a message behind its length, two bytes.
+async fn ask_by_tcp(
+    server: SocketAddr,
+    asker: u16,
+    question: Vec<u8>,
+    back: Asker,
 ) -> io::Result<()> {
+    let exchange = async {
+        let mut connection = TcpStream::connect(server).await?;
+        let length = u16::try_from(question.len()).map_err(io::Error::other)?;
+        let whole = [&length.to_be_bytes()[..], &question].concat();
+        connection.write_all(&whole).await?;
+        let mut answer = vec![0; usize::from(connection.read_u16().await?)];
+        connection.read_exact(&mut answer).await?;
+        io::Result::Ok(answer)
+    };
+    let answer = timeout(PATIENCE, exchange).await??;
+    pass_back(&back, asker, &answer).await
+}
+
+async fn pass_back(back: &Asker, asker: u16, answer: &[u8]) -> io::Result<()> {
+    let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
+    let mut agent = back.lock().await;
+    agent.write_u16(asker).await?;
+    agent.write_u16(length).await?;
+    agent.write_all(answer).await
+}
+
+async fn answer(back: &Asker, resolver: &UdpSocket, questions: &Questions) -> io::Result<()> {
     let mut answer = vec![0; LONGEST_BYTES];
     loop {
         // An error tells that the resolver is not there: once for each question.
@@ -140,13 +188,11 @@ async fn answer(
                 .get_mut(place)
                 .and_then(|slot| slot.take_if(|open| open.ours == number))
         });
-        let (Some(open), Ok(bytes)) = (open, u16::try_from(length)) else {
+        let Some(open) = open else {
             continue;
         };
         *first = open.theirs;
-        agent.write_u16(open.asker).await?;
-        agent.write_u16(bytes).await?;
-        agent.write_all(answer).await?;
+        pass_back(back, open.asker, answer).await?;
     }
 }
 
@@ -219,6 +265,38 @@ mod tests {
                 (7, "AAquestion-1xx".to_owned()),
             ];
             assert_eq!(answers, expected);
+        };
+        tokio::select! {
+            ended = between(ours, &resolver) => panic!("the relay ended: {ended:?}"),
+            () = asked => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn what_came_by_tcp_is_asked_by_tcp_and_a_connection_that_ends_harms_nobody() {
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let resolver = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        resolver
+            .connect(server.local_addr().unwrap())
+            .await
+            .unwrap();
+        let (mut agent, ours) = UnixStream::pair().unwrap();
+        let asked = async {
+            for (asker, text) in [(1, b"a question, first"), (2, b"a question, other")] {
+                agent.write_u16(asker | RESOLVER_BY_TCP).await.unwrap();
+                agent.write_u16(17).await.unwrap();
+                agent.write_all(text).await.unwrap();
+                let (mut connection, _) = server.accept().await.unwrap();
+                let mut heard = [0; 19];
+                connection.read_exact(&mut heard).await.unwrap();
+                assert_eq!((heard[..2].to_vec(), &heard[2..]), (vec![0, 17], &text[..]));
+                if asker == 2 {
+                    connection.write_all(b"\0\x06answer").await.unwrap();
+                }
+            }
+            let mut answer = [0; 10];
+            agent.read_exact(&mut answer).await.unwrap();
+            assert_eq!(&answer, b"\x80\x02\0\x06answer");
         };
         tokio::select! {
             ended = between(ours, &resolver) => panic!("the relay ended: {ended:?}"),
