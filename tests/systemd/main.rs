@@ -258,6 +258,30 @@ fn a_scope_that_is_there_already_is_left_alone() {
     other.finish();
 }
 
+#[test]
+fn root_of_a_user_namespace_owns_its_cgroup_but_not_its_limits() {
+    let case = begin();
+    let script = "cd /sys/fs/cgroup; stat -c %u . cgroup.procs cgroup.subtree_control memory.max; \
+                  mkdir part && echo $$ > part/cgroup.procs && cat /proc/self/cgroup";
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    let bundle = case.bundle().script(script).edit(|spec| {
+        spec["linux"]["uidMappings"] = mappings.clone();
+        spec["linux"]["gidMappings"] = mappings;
+        let namespaces = spec["linux"]["namespaces"]
+            .as_array_mut()
+            .expect("namespaces");
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+        namespaces.extend(["user", "cgroup"].map(|kind| json!({"type": kind})));
+        let mounts = spec["mounts"].as_array_mut().expect("mounts");
+        mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+        mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"}));
+    });
+    let own = case.program("chown").args(["-R", "100000:100000"]);
+    own.args([bundle.rootfs("")]).succeed();
+    let outcome = run(&case, &bundle);
+    assert_eq!(outcome.text(), "0\n0\n0\n65534\n0::/part\n", "{outcome:?}");
+}
+
 /// podman with the runtime under test and a store of its own; where systemd is PID 1 it leaves cgroups to it.
 fn podman() -> Command {
     let path = std::env::var_os("PATH").unwrap_or_default();
