@@ -52,7 +52,7 @@ pub(super) mod held;
 mod wanted;
 
 use create::Pod;
-use creating::Creating;
+use creating::{Creating, Deleting};
 use held::Held;
 
 /// All containers of a server.
@@ -73,6 +73,7 @@ pub(super) struct Tasks {
     /// The virtual machine of the Sandbox API's sandbox, from its boot on.
     machine: watch::Sender<Option<Sandbox>>,
     creating: Creating,
+    deleting: Deleting,
     over: Notify,
 }
 
@@ -97,6 +98,7 @@ impl Tasks {
             changing: sync::Mutex::new(()),
             machine: watch::Sender::new(None),
             creating: Creating::default(),
+            deleting: Deleting::default(),
             over: Notify::new(),
         }
     }
@@ -442,6 +444,7 @@ impl Tasks {
 
     /// Removes a container that does not run, and with the last one the virtual machine.
     pub(super) async fn delete(&self, id: &str) -> Result<Ended, TaskError> {
+        let _to_the_last_word = self.deleting.begin();
         let only_one = self.changing.lock().await;
         let container = self.container(id)?;
         if container.init.ended().is_none() {

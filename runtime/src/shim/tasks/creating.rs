@@ -3,6 +3,7 @@
 //! Contract: as containerd's own shim for runc. A containerd that is started anew asks every shim at once; one that
 //! heard "no such container" of a creation that its predecessor asked for would take the pod for dead and never be able
 //! to remove what then exists.
+//! A container that is being deleted is there until the last word about it has been said: the hooks for its end, its event.
 //! Not here: that there is one creation at a time (`Tasks::changing`).
 
 use std::sync::Arc;
@@ -19,6 +20,13 @@ pub(super) struct Creating(watch::Sender<Option<String>>);
 /// A creation; dropping it is its end, however it ended.
 pub(super) struct Creation<'a>(&'a Creating);
 
+/// How many containers are being deleted.
+#[derive(Debug, Default)]
+pub(super) struct Deleting(watch::Sender<usize>);
+
+/// A deletion; dropping it is its end, however it ended.
+pub(super) struct Deletion<'a>(&'a Deleting);
+
 impl Creating {
     /// A creation begins.
     pub(super) fn begin(&self, id: &str) -> Creation<'_> {
@@ -34,10 +42,26 @@ impl Creating {
     }
 }
 
+impl Deleting {
+    /// A deletion begins.
+    pub(super) fn begin(&self) -> Deletion<'_> {
+        self.0.send_modify(|count| *count += 1);
+        Deletion(self)
+    }
+
+    /// Waits until nothing is being deleted.
+    pub(super) async fn end(&self) {
+        let mut deleting = self.0.subscribe();
+        // The sender lives as long as `self`.
+        let _ = deleting.wait_for(|count| *count == 0).await;
+    }
+}
+
 impl Tasks {
     /// A containerd that is started anew looks for servers. One that its predecessor has not asked for anything yet, or has
     /// just had delete its last container, is nobody's: it says that there is nothing, and ends.
     pub(in crate::shim) async fn must_be_of_use(&self, id: &str) -> Result<(), TaskError> {
+        self.deleting.end().await;
         self.creating.end_of(id).await;
         if self.held.get().is_some() || !self.containers().is_empty() {
             return Ok(());
@@ -56,6 +80,12 @@ impl Tasks {
 impl Drop for Creation<'_> {
     fn drop(&mut self) {
         self.0.0.send_replace(None);
+    }
+}
+
+impl Drop for Deletion<'_> {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|count| *count -= 1);
     }
 }
 
@@ -82,5 +112,17 @@ mod tests {
         assert_eq!(one.as_mut().poll(&mut context), Poll::Ready(()));
         let mut after = pin!(creating.end_of("one"));
         assert_eq!(after.as_mut().poll(&mut context), Poll::Ready(()));
+    }
+
+    #[test]
+    fn nothing_is_being_deleted_when_the_last_deletion_has_ended() {
+        let deleting = Deleting::default();
+        let mut context = Context::from_waker(Waker::noop());
+        let (one, two) = (deleting.begin(), deleting.begin());
+        let mut end = pin!(deleting.end());
+        drop(one);
+        assert_eq!(end.as_mut().poll(&mut context), Poll::Pending);
+        drop(two);
+        assert_eq!(end.as_mut().poll(&mut context), Poll::Ready(()));
     }
 }
