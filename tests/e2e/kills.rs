@@ -1,52 +1,32 @@
 //! `kill -9` at any moment: afterwards `state` tells the truth and `delete --force` leaves nothing.
 //!
-//! A step is hit at evenly spread moments of its own duration, measured before. Who is killed is looked up at that
-//! moment; a moment at which the victim does not exist yet is no hit, and at least one hit per step is demanded.
+//! How moments are picked: `caisson_tests::killing`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use caisson_tests::{Bundle, Call, Case, call, case, host};
-use rustix::process::{Pid, Signal, kill_process};
+use caisson_tests::killing::{Victim, kill_at_moments};
+use caisson_tests::{Bundle, Call, Case, call};
+use rustix::process::{Signal, kill_process};
 
 /// Moments per step.
 const MOMENTS: u32 = 5;
 
-/// Who is killed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Victim {
-    /// The runtime's own process, as the user started it.
-    Caller,
-    /// The process that stays: the monitor (with runc, the container's init).
-    Monitor,
-    /// The virtual machine.
-    Vmm,
-}
-
-impl Victim {
-    /// Its process, if it exists now. Only this case's runtime runs on the machine.
-    fn find(self, caller: Pid) -> Option<Pid> {
-        let named = |name: &str| {
-            case::processes_named(name)
-                .into_iter()
-                .map(|process| process.pid)
-        };
-        let pid = match self {
-            Self::Caller => return Some(caller),
-            Self::Vmm => named("caisson-vmm").next(),
-            Self::Monitor => host::processes()
-                .into_iter()
-                .find(|process| {
-                    process.pid != caller.as_raw_nonzero().get() && process.name == "caisson"
-                })
-                .map(|process| process.pid),
-        };
-        pid.and_then(Pid::from_raw)
-    }
-}
-
 /// Whatever happened: the truth, then nothing.
 #[track_caller]
 pub(crate) fn truth_then_nothing(case: &Case, id: &str, context: &str) {
+    truth(case, id, context);
+    case.delete(id);
+    let left = case.leftovers();
+    assert!(
+        left.is_empty(),
+        "{context}: left behind:\n{}",
+        left.join("\n")
+    );
+}
+
+/// `state` agrees with what the container does.
+#[track_caller]
+pub(crate) fn truth(case: &Case, id: &str, context: &str) {
     let status = case.status(id);
     let alive = case.exec(id, "echo alive");
     match status.as_str() {
@@ -61,36 +41,12 @@ pub(crate) fn truth_then_nothing(case: &Case, id: &str, context: &str) {
         "created" | "creating" => {}
         other => panic!("{context}: status {other}"),
     }
-    case.delete(id);
-    let left = case.leftovers();
-    assert!(
-        left.is_empty(),
-        "{context}: left behind:\n{}",
-        left.join("\n")
-    );
 }
 
 /// Kills `victim` at evenly spread moments of `step`, each time after `before` and followed by the checks.
 fn kill_during(case: &Case, victim: Victim, before: impl Fn(), step: impl Fn() -> Call) {
-    before();
-    let began = Instant::now();
-    step().finish();
-    let duration = began.elapsed();
-    truth_then_nothing(case, "one", "without a kill");
-    let mut hits = 0;
-    for moment in 0..MOMENTS {
-        before();
-        let running = step().start();
-        running.ends_within(duration * moment / MOMENTS);
-        let context = format!("{victim:?} killed at {moment}/{MOMENTS} of {duration:?}");
-        if let Some(pid) = victim.find(running.pid()) {
-            hits += u32::from(kill_process(pid, Signal::KILL).is_ok());
-            call::wait_for_exit(pid, Duration::from_secs(10));
-        }
-        running.finish();
-        truth_then_nothing(case, "one", &context);
-    }
-    assert!(hits > 0, "no {victim:?} was there to be killed");
+    let after = |context: &str| truth_then_nothing(case, "one", context);
+    kill_at_moments(victim, MOMENTS, before, step, after);
 }
 
 fn sleeping(case: &Case) -> Bundle {

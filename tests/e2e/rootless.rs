@@ -22,10 +22,10 @@ const OTHERS: u32 = 200_000;
 const SLOWLY: Duration = Duration::from_secs(180);
 
 /// The user, with a state directory.
-struct User<'a>(&'a Case);
+pub(crate) struct User<'a>(&'a Case);
 
 impl<'a> User<'a> {
-    fn of(case: &'a Case) -> Self {
+    pub(crate) fn of(case: &'a Case) -> Self {
         fs::create_dir_all(case.root()).expect("state directory");
         chown(case.root(), Some(USER), Some(USER)).expect("chown");
         if runtime() == "caisson" {
@@ -51,7 +51,7 @@ impl<'a> User<'a> {
             .args([&format!("--groups={groups}"), program])
     }
 
-    fn call<const N: usize>(&self, args: [&str; N]) -> Call {
+    pub(crate) fn call<const N: usize>(&self, args: [&str; N]) -> Call {
         self.call_in("104", args)
     }
 
@@ -62,7 +62,7 @@ impl<'a> User<'a> {
     }
 
     /// A bundle of his, with what `spec --rootless` writes for him.
-    fn bundle(&self) -> Bundle {
+    pub(crate) fn bundle(&self) -> Bundle {
         let bundle = self.0.bundle();
         fs::remove_file(bundle.dir().join("config.json")).expect("config.json");
         let all = self.0.program("chown").args(["-R", "1000:1000"]);
@@ -251,13 +251,13 @@ fn check_says_what_a_user_can_do() {
 }
 
 /// The world, behind an interface of the host that has the default routes: 10.78.0.1 and fd78::1, where a server greets.
-struct World<'a> {
+pub(crate) struct World<'a> {
     case: &'a Case,
     server: u32,
 }
 
 impl<'a> World<'a> {
-    fn new(case: &'a Case) -> Self {
+    pub(crate) fn new(case: &'a Case) -> Self {
         let file = case.dir().join("world");
         fs::write(&file, "").expect("file");
         let script = format!(

@@ -108,6 +108,24 @@ impl Call {
         self
     }
 
+    /// The same call, which begins when its piped standard input ends: until then it is a shell.
+    #[must_use]
+    pub fn held(self) -> Self {
+        let mut shell = Self::new("sh", &self.output);
+        shell
+            .command
+            .args(["-c", "read _; exec \"$@\" </dev/null", "sh"])
+            .arg(self.command.get_program())
+            .args(self.command.get_args())
+            .envs(
+                self.command
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stdin(Stdio::piped());
+        shell
+    }
+
     /// Starts the program.
     pub fn start(mut self) -> Running {
         let child = self

@@ -14,10 +14,12 @@ pub mod cgroup;
 pub mod host;
 pub mod installed;
 pub mod kernel;
+pub mod killing;
 pub mod loop_device;
 pub mod mount;
 pub mod published;
 pub mod ruler;
+pub mod stepping;
 pub mod supervisor;
 pub mod terminal;
 
