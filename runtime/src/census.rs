@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     control::{Answer, Control, ControlError, Request, attached},
+    network::Namespace,
     state::State,
     stats::Stats,
 };
@@ -97,6 +98,11 @@ fn is_ours(program: &Path) -> bool {
 }
 
 impl Holder {
+    /// The sandbox's network namespace.
+    pub fn network(&self) -> std::io::Result<Namespace> {
+        Namespace::of(self.pid, &self.door)
+    }
+
     /// Asks who lives there, and if `count` what they use.
     pub fn ask(&self, count: bool) -> Result<Household, ControlError> {
         let control = Control::connect(&self.door)?;

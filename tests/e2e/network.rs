@@ -85,8 +85,26 @@ fn packets_of_every_size_go_both_ways() {
         let ping = format!("ping -c 2 -s {size} 10.77.{n}.1");
         let outcome = case.exec("one", &ping);
         assert_eq!(outcome.status, 0, "{ping}: {outcome:?}");
+        if case::runtime() == "caisson" {
+            let metrics = case.call(["metrics"]).succeed();
+            for direction in ["receive", "transmit"] {
+                let bytes = passed(metrics.text(), direction);
+                assert!(bytes > 4 << 20, "{direction}: {}", metrics.text());
+            }
+        }
         case.delete("one");
     }
+}
+
+/// The bytes that have passed the container's interface.
+fn passed(metrics: &str, direction: &str) -> u64 {
+    let series = format!(
+        "caisson_network_{direction}_bytes_total{{container=\"one\",interface=\"eth0\",side=\"host\"}} "
+    );
+    let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
+    value
+        .and_then(|value| value.parse().ok())
+        .unwrap_or_else(|| panic!("no {series} in {metrics}"))
 }
 
 #[test]

@@ -1,11 +1,14 @@
 //! `metrics`: what all containers of a root directory use, or all of this host (`census.rs`), as Prometheus' text.
 //!
 //! Contract: each series is there once for what the guest counts (`side="guest"`) and once for what the whole sandbox
-//! costs the host (`side="host"`). A container that does not run has its status alone; one whose monitor does not answer
+//! costs the host (`side="host"`); those of interfaces once, by the host's count, with the first of the containers that
+//! share them. A container that does not run has its status alone; one whose monitor does not answer
 //! in time is a line in the log, and the others are still told.
 //! Spec: Prometheus, exposition formats, text version 0.0.4.
 
-use std::{fmt::Write, path::Path, process::ExitCode, time::Duration};
+mod labelled;
+
+use std::{collections::BTreeSet, fmt::Write, path::Path, process::ExitCode, time::Duration};
 
 use super::{Context, ask, print, scrape};
 use crate::{
@@ -13,6 +16,7 @@ use crate::{
     cli::Metrics,
     control::{Answer, Control, ControlError, Request},
     error::{self, CommandError},
+    network::{Namespace, Traffic},
     state::{StateDir, StateError, Status},
     stats::Stats,
 };
@@ -29,6 +33,16 @@ struct Counted {
     status: Status,
     guest: Option<Box<Stats>>,
     host: Option<Box<Stats>>,
+    traffic: Vec<Traffic>,
+}
+
+/// What has passed in a sandbox's network namespace, unless it was counted before. Nothing, for a caller who may not look.
+fn traffic(namespace: std::io::Result<Namespace>, seen: &mut BTreeSet<u64>) -> Vec<Traffic> {
+    namespace
+        .ok()
+        .filter(|namespace| seen.insert(namespace.inode()))
+        .and_then(|namespace| namespace.traffic().ok())
+        .unwrap_or_default()
 }
 
 /// A series: name, kind, meaning, value; without a value there is no line.
@@ -96,10 +110,16 @@ pub(super) fn metrics(args: &Metrics, context: &Context) -> Result<ExitCode, Com
 
 /// All sandboxes that live on this host. One whose holder does not answer is a line in the log.
 fn of_host(context: &Context) -> Vec<Counted> {
-    let mut counted = Vec::new();
+    let (mut counted, mut seen) = (Vec::new(), BTreeSet::new());
     for holder in census::holders() {
         match holder.ask(true) {
-            Ok(household) => counted.extend(of_household(&holder.root, household)),
+            Ok(household) => {
+                let mut all = of_household(&holder.root, household);
+                if let Some(first) = all.iter_mut().find(|counted| counted.host.is_some()) {
+                    first.traffic = traffic(holder.network(), &mut seen);
+                }
+                counted.extend(all);
+            }
             Err(error) => {
                 let words = error::message(&error);
                 context.log.warning(&format!(
@@ -131,6 +151,7 @@ fn of_household(root: &Path, household: Household) -> Vec<Counted> {
             status: state.status,
             guest,
             host: is_first.then(|| host.take()).flatten(),
+            traffic: Vec::new(),
         }
     };
     residents.into_iter().map(of).collect()
@@ -138,13 +159,13 @@ fn of_household(root: &Path, household: Household) -> Vec<Counted> {
 
 /// The containers of a state root.
 fn of_root(context: &Context) -> Result<Vec<Counted>, CommandError> {
-    let mut counted = Vec::new();
+    let (mut counted, mut seen_networks) = (Vec::new(), BTreeSet::new());
     for id in StateDir::ids(&context.root)? {
         let seen = StateDir::open(&context.root, &id).and_then(|dir| {
-            let status = dir.state()?.status;
-            Ok((dir, status))
+            let state = dir.state()?;
+            Ok((dir, state.status, state.pid))
         });
-        let (dir, status) = match seen {
+        let (dir, status, monitor) = match seen {
             Ok(seen) => seen,
             // Deleted while we looked.
             Err(StateError::NotFound) => continue,
@@ -172,11 +193,17 @@ fn of_root(context: &Context) -> Result<Vec<Counted>, CommandError> {
             }
             _ => (None, None),
         };
+        // One that is counted has a monitor.
+        let traffic = match &guest {
+            Some(_) => traffic(Namespace::of(monitor, dir.path()), &mut seen_networks),
+            None => Vec::new(),
+        };
         counted.push(Counted {
             labels: format!("container=\"{id}\""),
             status,
             guest,
             host,
+            traffic,
         });
     }
     Ok(counted)
@@ -223,6 +250,7 @@ fn text(counted: &[Counted]) -> String {
             }
         }
     }
+    labelled::write(&mut out, counted);
     out
 }
 
@@ -268,12 +296,14 @@ mod tests {
                 status: Status::Running,
                 guest: Some(Box::new(guest)),
                 host: None,
+                traffic: Vec::new(),
             },
             Counted {
                 labels: "container=\"b\"".to_owned(),
                 status: Status::Stopped,
                 guest: None,
                 host: None,
+                traffic: Vec::new(),
             },
         ];
         let text = text(&counted);
@@ -289,7 +319,7 @@ mod tests {
         }
         assert!(!text.contains("limit_bytes{"), "{text}");
         let headings = lines.iter().filter(|line| line.starts_with("# TYPE "));
-        assert_eq!(headings.count(), SERIES.len() + 1);
+        assert_eq!(headings.count(), SERIES.len() + 1 + labelled::SERIES);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use super::{
     limits::{self, Limits},
     netlink::{NEW, Socket},
     tap::Tap,
+    traffic,
     view::Interface,
 };
 
@@ -87,7 +88,7 @@ impl Joint {
             file,
             index: tap_index,
         } = tap;
-        socket.request(quiet_tap(tap_index, interface.mtu))?;
+        socket.request(named(quiet_tap(tap_index, interface.mtu), &interface.name))?;
         socket.request(tap_up(tap_index))?;
         socket.request(ingress(libc::RTM_NEWQDISC, NEW, tap_index))?;
         let owns_ingress = match socket.request(ingress(libc::RTM_NEWQDISC, NEW, index)) {
@@ -257,6 +258,11 @@ fn quiet_tap(index: u32, mtu: u32) -> Builder {
                 ipv6.attribute(INET6_ADDR_GEN_MODE, &[NO_ADDRESS])
             })
         })
+}
+
+/// Says whose tap it is: to people, and to those who count ([`super::traffic`]).
+fn named(tap: Builder, interface: &str) -> Builder {
+    tap.attribute(traffic::IFLA_IFALIAS, interface.as_bytes())
 }
 
 fn tap_up(index: u32) -> Builder {

@@ -12,6 +12,7 @@
 //! | `resolver.rs` | questions about names that the guest asks Docker's resolver |
 //! | `change.rs` | what a change on the host means for the virtual machine and the guest |
 //! | `follow.rs` | the guest follows while the container lives |
+//! | `traffic.rs` | what has passed, for whoever counts |
 //! | `outside.rs`, `passt.rs` | without a namespace: a user-mode network that looks like the host's |
 //!
 //! Contract: interfaces that are there when the virtual machine starts are devices from its first instruction; those
@@ -32,6 +33,7 @@ mod outside;
 mod passt;
 pub mod resolver;
 mod tap;
+mod traffic;
 mod view;
 
 use std::{
@@ -52,6 +54,7 @@ pub use self::{
     limits::{Limits, Rate},
     loopback::{Forwarding, Loopback},
     passt::PasstError,
+    traffic::{Namespace, Passed, Traffic},
 };
 use self::{
     joint::Joint,

@@ -46,6 +46,11 @@ impl Place {
         Ok(Self::open(path)?.0)
     }
 
+    /// Where it was found.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn open(path: &Path) -> io::Result<(Self, File)> {
         let file = File::open(path)?;
         let place = Self {
