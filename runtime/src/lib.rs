@@ -15,6 +15,7 @@ pub mod control;
 pub mod disks;
 pub mod error;
 pub mod exec;
+pub mod features;
 pub mod forwarded;
 pub mod fuse;
 pub mod guest_spec;

@@ -186,6 +186,7 @@ fn the_runtime_describes_itself() {
     if skipped() {
         return;
     }
+    let case = begin();
     for flag in ["-info", "--info"] {
         let mut shim = Command::new(program())
             .arg(flag)
@@ -203,5 +204,15 @@ fn the_runtime_describes_itself() {
         assert_eq!(info.name, "io.containerd.caisson.v2");
         assert!(!info.version.version.is_empty());
         assert_eq!(info.options.type_url, "containerd.runc.v1.Options");
+        // What the CRI tells the kubelet of a handler comes from here.
+        let (kind, text) = (&info.features.type_url, &info.features.value);
+        assert_eq!(
+            kind,
+            "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
+        );
+        let told: serde_json::Value = serde_json::from_slice(text).expect("JSON");
+        let shown = case.call(["features"]).succeed();
+        let shown: serde_json::Value = serde_json::from_str(shown.text()).expect("JSON");
+        assert_eq!(told, shown);
     }
 }

@@ -1,16 +1,20 @@
 //! What the shim says about itself without serving anything: `-v` and `-info`.
 
-use std::collections::HashMap;
-
 use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
 
-use crate::version::{COMMIT, VERSION};
+use crate::{
+    features,
+    version::{COMMIT, VERSION},
+};
 
 /// The runtime's name for containerd, from which containerd derives the program's.
 pub(super) const RUNTIME: &str = "io.containerd.caisson.v2";
+
+/// How containerd's typeurl names the type of Go that has the OCI features document: the value is its JSON.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// For people, laid out as containerd's own shims do it.
 pub(super) fn version() -> Vec<u8> {
@@ -32,7 +36,12 @@ pub(super) fn info(options: &[u8]) -> Vec<u8> {
         })
         .into(),
         options: options.into(),
-        annotations: HashMap::new(),
+        features: Some(Any {
+            type_url: FEATURES.to_owned(),
+            value: features::document().to_string().into_bytes(),
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     };
     // A message of texts always encodes.
@@ -49,6 +58,9 @@ mod tests {
         assert_eq!(plain.name, "io.containerd.caisson.v2");
         assert_eq!(plain.version.version, VERSION);
         assert!(plain.options.is_none());
+        assert_eq!(plain.features.type_url, FEATURES);
+        let told: serde_json::Value = serde_json::from_slice(&plain.features.value).unwrap();
+        assert_eq!(told, features::document());
         let any = Any {
             type_url: "containerd.runc.v1.Options".into(),
             ..Default::default()
