@@ -23,6 +23,7 @@ use super::{
     process::{Ended, timestamp},
     tasks::{Tasks, held::Held},
 };
+use crate::cgroup::is_v2;
 
 /// The CRI's `PodSandboxState`.
 const READY: &str = "SANDBOX_READY";
@@ -144,7 +145,7 @@ impl Sandbox for Sandboxes {
         let told = response.metrics.mut_or_insert_default();
         told.timestamp = Some(timestamp(SystemTime::now())).into();
         told.id = request.sandbox_id;
-        told.data = Some(metrics(&stats)).into();
+        told.data = Some(metrics(&stats, is_v2())).into();
         Ok(response)
     }
 }

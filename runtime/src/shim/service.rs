@@ -20,7 +20,7 @@ use super::{
     stdio::Paths,
     tasks::{Report, Tasks},
 };
-use crate::{sandbox::Event, state::Status};
+use crate::{cgroup::is_v2, sandbox::Event, state::Status};
 
 /// The service.
 pub(super) struct Service(pub(super) Arc<Tasks>);
@@ -203,7 +203,7 @@ impl Task for Service {
     ) -> ttrpc::Result<api::StatsResponse> {
         let stats = self.0.stats(&request.id).await?;
         Ok(api::StatsResponse {
-            stats: Some(metrics(&stats)).into(),
+            stats: Some(metrics(&stats, is_v2())).into(),
             ..Default::default()
         })
     }

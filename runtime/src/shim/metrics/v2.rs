@@ -1,15 +1,12 @@
-//! What a container uses, as containerd is told of it: the message of cgroup v2, with the guest's numbers.
+//! The message of cgroup v2.
 //!
-//! Contract: pure. Numbers that the guest's kernel does not give are zero; as in the kernel's files, no limit is the
-//! largest number. Swap is without memory here, and with it in [`Stats`], as in runc.
+//! Contract: pure. As in the kernel's files, no limit is the largest number. Swap is without memory here, and with it in
+//! [`Stats`], as in runc.
 
 use std::collections::BTreeMap;
 
-use containerd_shim_protos::{
-    cgroups_v2::metrics::{
-        CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
-    },
-    protobuf::{Message, MessageFull, well_known_types::any::Any},
+use containerd_shim_protos::cgroups_v2::metrics::{
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 
 use crate::stats::{BlkioEntry, Stats};
@@ -17,17 +14,8 @@ use crate::stats::{BlkioEntry, Stats};
 /// Nanoseconds in a microsecond.
 const NANOSECONDS: u64 = 1_000;
 
-/// The answer to `Stats`.
-pub(super) fn metrics(stats: &Stats) -> Any {
-    Any {
-        type_url: Metrics::descriptor().full_name().to_owned(),
-        // A message of numbers always encodes.
-        value: message(stats).write_to_bytes().unwrap_or_default(),
-        ..Default::default()
-    }
-}
-
-fn message(stats: &Stats) -> Metrics {
+/// A container's numbers.
+pub(super) fn message(stats: &Stats) -> Metrics {
     let cpu = &stats.cpu;
     let pages = stats.hugetlb.iter().map(|(size, pages)| HugeTlbStat {
         current: pages.usage,
@@ -38,7 +26,10 @@ fn message(stats: &Stats) -> Metrics {
     Metrics {
         pids: Some(PidsStat {
             current: stats.pids.current,
-            limit: stats.pids.limit,
+            limit: match stats.pids.limit {
+                0 => u64::MAX,
+                limit => limit,
+            },
             ..Default::default()
         })
         .into(),
@@ -157,9 +148,7 @@ mod tests {
         stats.pids.current = 3;
         stats.blkio.io_service_bytes_recursive = vec![entry("Read", 11), entry("Write", 12)];
         stats.blkio.io_serviced_recursive = vec![entry("Read", 1), entry("Discard", 9)];
-        let any = metrics(&stats);
-        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
-        let told = Metrics::parse_from_bytes(&any.value).unwrap();
+        let told = message(&stats);
         assert_eq!(told.cpu.usage_usec, 5);
         assert_eq!((told.memory.usage, told.memory.anon), (10, 7));
         assert_eq!(
@@ -167,7 +156,7 @@ mod tests {
             (3, u64::MAX)
         );
         assert_eq!(told.memory_events.oom_kill, 2);
-        assert_eq!(told.pids.current, 3);
+        assert_eq!((told.pids.current, told.pids.limit), (3, u64::MAX));
         let disk = told.io.usage.first().unwrap();
         assert_eq!(
             (disk.major, disk.rbytes, disk.wbytes, disk.rios),
