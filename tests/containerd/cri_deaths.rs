@@ -1,6 +1,6 @@
 //! Deaths under the CRI: the kubelet hears of them, and can clean up and begin anew.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use caisson_tests::case::{processes_named, runtime};
 use caisson_tests::host::Process;
@@ -90,4 +90,33 @@ fn a_pod_survives_containerds_death() {
     node.stop(&id, 1);
     assert_eq!(node.status(&id).exit_code, 137);
     pod.end();
+}
+
+#[test]
+fn a_pod_that_stands_still_is_stopped_all_the_same() {
+    let case = begin_pods();
+    let node = Kubelet::start(&case);
+    let pod = node.pod("one");
+    let id = pod.script("main", "exec sleep 4711");
+    let mut victims = match runtime().as_str() {
+        "runc" => processes_named("busybox"),
+        _ => processes_named("caisson-vmm"),
+    };
+    if runtime() == "runc" {
+        victims.retain(|process| process.command.contains("4711"));
+    }
+    assert!(!victims.is_empty());
+    for process in &victims {
+        let pid = Pid::from_raw(process.pid).expect("pid");
+        kill_process(pid, Signal::STOP).expect("stop");
+    }
+    let began = Instant::now();
+    pod.end();
+    // The kubelet gives a request two minutes.
+    assert!(
+        began.elapsed() < Duration::from_secs(120),
+        "{id} held the pod up"
+    );
+    drop(node);
+    case.nothing_is_left();
 }

@@ -5,13 +5,11 @@ use std::time::Duration;
 
 use caisson_tests::case::{processes_named, runtime};
 use k8s_cri::v1::{
-    AttachRequest, ContainerState, ContainerStatsRequest, ExecRequest, LinuxContainerResources,
-    ListPodSandboxStatsRequest, NamespaceMode, ReopenContainerLogRequest,
-    UpdateContainerResourcesRequest,
+    ContainerState, ContainerStatsRequest, LinuxContainerResources, ListPodSandboxStatsRequest,
+    NamespaceMode, ReopenContainerLogRequest, UpdateContainerResourcesRequest,
 };
 
 use crate::kubelet::{Kubelet, begin_pods, until, volume};
-use crate::streaming::Stream;
 
 /// How long a container may take to say something.
 const SOON: Duration = Duration::from_secs(60);
@@ -90,69 +88,6 @@ fn exec_sync_answers_and_keeps_its_time_limit() {
     assert!(!node.said(&id, "ps").contains("sleep 777"));
     let missing = node.exec_sync(&id, "exec /no/such", 60).expect("ExecSync");
     assert_eq!(missing.exit_code, 127);
-    pod.end();
-}
-
-#[test]
-fn exec_and_attach_have_terminals_with_a_size() {
-    let case = begin_pods();
-    let node = Kubelet::start(&case);
-    let pod = node.pod("one");
-    let mut config = pod.container(
-        "main",
-        "while read line; do echo \"got $line\"; stty size; done; exit 5",
-    );
-    (config.tty, config.stdin) = (true, true);
-    let id = pod.run(config);
-    let exec = ExecRequest {
-        container_id: id.clone(),
-        cmd: vec!["/bin/sh".to_owned()],
-        tty: true,
-        stdin: true,
-        stdout: true,
-        ..Default::default()
-    };
-    let url = node
-        .cri
-        .answer(node.cri.runtime().exec(exec))
-        .expect("Exec")
-        .url;
-    let mut shell = Stream::open(&url);
-    shell.resize(133, 37);
-    shell.wait_for("#");
-    // The size is told beside the input, not in order with it.
-    shell.write("until stty size | grep '37 133'; do :; done; tty\r");
-    shell.wait_for("/dev/pts/");
-    shell.write("exit 9\r");
-    shell.finish();
-    assert!(shell.status.contains("\"9\""), "{:?}", shell.status);
-    let attach = AttachRequest {
-        container_id: id.clone(),
-        stdin: true,
-        tty: true,
-        stdout: true,
-        stderr: false,
-    };
-    let url = node
-        .cri
-        .answer(node.cri.runtime().attach(attach))
-        .expect("Attach")
-        .url;
-    let mut main = Stream::open(&url);
-    main.resize(99, 44);
-    main.write("hello\r");
-    main.wait_for("got hello");
-    while !main.output.contains("44 99") {
-        main.write("again\r");
-        main.wait_for("got again");
-        main.output = main
-            .output
-            .split_off(main.output.rfind("got").unwrap_or(0) + 3);
-        main.wait_for("\n");
-        main.wait_for(" ");
-    }
-    main.write("\x04");
-    assert_eq!(node.wait(&id).exit_code, 5);
     pod.end();
 }
 

@@ -71,6 +71,8 @@ fn seccomp_and_paths_of_proc_are_as_asked_for() {
     context(&mut config).masked_paths = vec!["/proc/version".to_owned()];
     context(&mut config).readonly_paths = vec!["/proc/sys".to_owned()];
     let own = pod.run(config);
+    // `procMount: Unmasked` is no list at all.
+    let unmasked = pod.script("unmasked", "exec sleep 1000");
     let mut config = pod.container("default", "exec sleep 1000");
     context(&mut config).seccomp = Some(default);
     let default = pod.run(config);
@@ -84,6 +86,19 @@ fn seccomp_and_paths_of_proc_are_as_asked_for() {
     let name = "echo x > /proc/sys/kernel/domainname";
     let refused = node.exec_sync(&own, name, 60).expect("ExecSync");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("Read-only file system"));
+    let mounts = "grep -c ' /proc/' /proc/self/mounts || true";
+    assert_eq!(node.said(&own, mounts), "2");
+    assert_eq!(node.said(&unmasked, mounts), "0");
+    node.said(&unmasked, name);
+    // What it is for: a container in the container, whose own /proc may show no more than this one.
+    let nested = "unshare -Urmpf mount -t proc proc /proc";
+    node.said(&unmasked, nested);
+    assert_ne!(
+        node.exec_sync(&own, nested, 60)
+            .expect("ExecSync")
+            .exit_code,
+        0
+    );
     pod.end();
 }
 
@@ -238,4 +253,32 @@ fn a_pod_reaches_another_by_the_network_alone() {
     }
     a.end();
     b.end();
+}
+
+#[test]
+fn a_pods_annotations_do_what_the_host_allows() {
+    if runtime() == "runc" {
+        println!("skipped on runc: these annotations are not for it");
+        return;
+    }
+    let case = begin_pods();
+    let node = Kubelet::start(&case);
+    let annotated = |name: &str| {
+        let mut config = node.pod_config(name);
+        let wanted = ("io.caisson.default_memory_mib".to_owned(), "333".to_owned());
+        // The other one is somebody else's, and not passed on.
+        let others = ("example.com/io.caisson.kernel".to_owned(), "/x".to_owned());
+        config.annotations = [wanted, others].into();
+        node.run(config)
+    };
+    let refused = annotated("one").err().expect("a refusal");
+    let told = "annotation io.caisson.default_memory_mib is not allowed here";
+    assert!(refused.message().contains(told), "{refused}");
+    case.configure("allowed_annotations = [\"default_memory_mib\"]\n");
+    let pod = annotated("two").expect("RunPodSandbox");
+    let id = pod.script("main", "exec sleep 1000");
+    let total = node.said(&id, "grep MemTotal /proc/meminfo | tr -dc 0-9");
+    let mib = total.parse::<u32>().expect("a number") / 1024;
+    assert!((290..=333).contains(&mib), "{mib} MiB");
+    pod.end();
 }

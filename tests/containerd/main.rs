@@ -20,6 +20,7 @@ mod cri_overhead;
 mod cri_pods;
 mod cri_ports;
 mod cri_security;
+mod cri_streams;
 mod cri_systemd;
 mod cri_volumes;
 mod daemon;

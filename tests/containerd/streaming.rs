@@ -3,9 +3,12 @@
 use std::net::TcpStream;
 use std::time::Duration;
 
+use k8s_cri::v1::{AttachRequest, ExecRequest};
 use tungstenite::client::IntoClientRequest;
 use tungstenite::http::HeaderValue;
 use tungstenite::{Message, WebSocket};
+
+use crate::kubelet::Kubelet;
 
 /// How long the next message may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -13,6 +16,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The streams of `v4.channel.k8s.io`.
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
+const STDERR: u8 = 2;
 const STATUS: u8 = 3;
 const SIZE: u8 = 4;
 
@@ -23,8 +27,12 @@ const ERROR: u8 = 1;
 /// A process's streams. Reading gives up after a minute.
 pub(crate) struct Stream {
     socket: WebSocket<TcpStream>,
-    /// All output so far.
+    /// All output so far, as text.
     pub(crate) output: String,
+    /// The same as it came.
+    pub(crate) bytes: Vec<u8>,
+    /// All of standard error so far.
+    pub(crate) errors: String,
     /// What the server says of the end, as JSON.
     pub(crate) status: String,
 }
@@ -66,23 +74,51 @@ pub(crate) fn forwarded(url: &str, said: &str) -> (String, String) {
 }
 
 impl Stream {
-    /// Opens the address that `Exec` or `Attach` answered with.
-    pub(crate) fn open(url: &str) -> Self {
+    /// Runs a program in a container.
+    pub(crate) fn exec(node: &Kubelet<'_>, request: ExecRequest) -> Self {
+        let answer = node.cri.answer(node.cri.runtime().exec(request));
+        Self::open(&answer.expect("Exec").url)
+    }
+
+    /// Is connected with a container's first process.
+    pub(crate) fn attach(node: &Kubelet<'_>, request: AttachRequest) -> Self {
+        let answer = node.cri.answer(node.cri.runtime().attach(request));
+        Self::open(&answer.expect("Attach").url)
+    }
+
+    fn open(url: &str) -> Self {
         Self {
             socket: open(url),
             output: String::new(),
+            bytes: Vec::new(),
+            errors: String::new(),
             status: String::new(),
         }
     }
 
     /// Types.
     pub(crate) fn write(&mut self, text: &str) {
-        self.send(STDIN, text);
+        self.send(text.as_bytes());
+    }
+
+    /// Sends bytes to standard input.
+    pub(crate) fn send(&mut self, bytes: &[u8]) {
+        // The server takes messages of 4 MiB at most.
+        for part in bytes.chunks(1 << 16) {
+            self.send_to(STDIN, part);
+        }
+    }
+
+    /// Hangs up.
+    pub(crate) fn close(mut self) {
+        self.socket.close(None).expect("close");
+        self.finish();
     }
 
     /// Gives the terminal a size.
     pub(crate) fn resize(&mut self, columns: u16, rows: u16) {
-        self.send(SIZE, &format!("{{\"Width\":{columns},\"Height\":{rows}}}"));
+        let size = format!("{{\"Width\":{columns},\"Height\":{rows}}}");
+        self.send_to(SIZE, size.as_bytes());
     }
 
     /// Reads until the output contains a text.
@@ -98,22 +134,25 @@ impl Stream {
         while self.read() {}
     }
 
-    fn send(&mut self, stream: u8, text: &str) {
-        let mut message = vec![stream];
-        message.extend_from_slice(text.as_bytes());
+    fn send_to(&mut self, stream: u8, bytes: &[u8]) {
+        let message = [&[stream], bytes].concat();
         self.socket.send(Message::binary(message)).expect("send");
     }
 
     /// Whether there was one more message.
-    fn read(&mut self) -> bool {
+    pub(crate) fn read(&mut self) -> bool {
         let Ok(message) = self.socket.read() else {
             return false;
         };
         let bytes = message.into_data();
         if let Some((stream, text)) = bytes.split_first() {
+            if *stream == STDOUT {
+                self.bytes.extend_from_slice(text);
+            }
             let text = String::from_utf8_lossy(text);
             match *stream {
                 STDOUT => self.output.push_str(&text),
+                STDERR => self.errors.push_str(&text),
                 STATUS => self.status.push_str(&text),
                 _ => {}
             }
