@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use caisson_tests::Case;
 use caisson_tests::case::processes_named;
@@ -28,6 +29,10 @@ use serde_json::json;
 
 use crate::bootstrap::{options, skipped};
 use crate::driver::{Driver, Form, begin, program};
+use crate::kubelet::until;
+
+/// How long a container may take to do something.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// The sandbox's name.
 const POD: &str = "pod";
@@ -343,7 +348,14 @@ fn a_sandbox_whose_shim_is_killed_leaves_nothing_once_it_is_deleted() {
     let dir = bundle(&case);
     let driver = with_sandbox(&case, &dir, &network, Form::Json, None);
     start_sandbox(&driver).expect("started");
-    container(&case, &driver, "one", true, "exec sleep 1000");
+    // Files that the sandbox gives its containers take up so much of the host and no more, whatever they write.
+    let fill = "for file in hosts resolv.conf hostname; do \
+        dd if=/dev/zero of=/etc/$file bs=65536 count=128 2>/dev/null || echo full; done; \
+        exec sleep 1000";
+    container(&case, &driver, "one", true, fill);
+    let full =
+        || fs::read_to_string(said(&case, "one")).is_ok_and(|said| said == "full\nfull\nfull\n");
+    until(LIMIT, "the files are full", || full().then_some(()));
     kill(program());
     let outcome = driver.call_delete();
     assert_eq!(outcome.status, 0, "{}", outcome.stderr);
