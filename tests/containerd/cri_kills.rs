@@ -343,7 +343,10 @@ fn run_files(case: &Case) -> Vec<String> {
 fn was_cut_short(log: &str, bundle: &Path) -> bool {
     let id = bundle.file_name().and_then(|name| name.to_str());
     let is_its = |line: &str| {
-        let words = ["failed to clean up after shim disconnected", "signal: killed"];
+        let words = [
+            "failed to clean up after shim disconnected",
+            "signal: killed",
+        ];
         words.iter().all(|words| line.contains(words)) && id.is_some_and(|id| line.contains(id))
     };
     log.lines().any(is_its)
