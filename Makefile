@@ -93,10 +93,12 @@ containerd: build lab ## Run the tests under containerd; ARGS chooses tests, POD
 systemd: build lab ## Run the tests of --systemd-cgroup; ARGS chooses tests
 	LAB=$(CURDIR)/$(LAB) tests/run systemd $(ARGS)
 
-# What a host with cgroup v1 makes different; on a lab that mounts its hierarchies.
+# What a host with cgroup v1 makes different; on labs that mount its hierarchies, without systemd and with it.
+V1_TESTS := host:: kills::during_run::the_m kills::during_delete::the_monitor
 .PHONY: cgroup-v1
 cgroup-v1: build lab ## Run the tests that touch the host's cgroups with cgroup v1; ARGS chooses others
-	LAB=$(CURDIR)/$(LAB) tests/run cgroup-v1 $(or $(ARGS),host::)
+	LAB=$(CURDIR)/$(LAB) tests/run cgroup-v1 $(or $(ARGS),$(V1_TESTS))
+	$(if $(ARGS),,LAB=$(CURDIR)/$(LAB) tests/run systemd-v1)
 
 .PHONY: test
 test: lint unit e2e cgroup-v1 systemd ## Build and pass all tests (with `make containerd` and `make engines` those of other people's programs)

@@ -5,7 +5,8 @@
 //! it starts the VMM, which inherits it, and removed by `delete` with whatever process is left in it. Dropping a made
 //! cgroup removes it again until [`HostCgroup::keep`].
 //! On a host with cgroup v1 it is one in each hierarchy (`v1.rs`).
-//! With `--systemd-cgroup` systemd makes it: a transient scope, which the monitor is in from the beginning.
+//! With `--systemd-cgroup` systemd makes it: a transient scope, which the monitor is in from the beginning; with cgroup v1
+//! the hierarchies of which systemd knows nothing follow.
 //! Where the caller may do without rights (`rootless.rs`) and asks neither for limits nor for a place, a sandbox whose
 //! cgroup cannot be made goes without one.
 //! A populated cgroup is never taken over: what is in it belongs to somebody else.
@@ -89,6 +90,13 @@ pub enum Entry {
     Doors(Vec<OwnedFd>),
 }
 
+/// A version of cgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    First,
+    Second,
+}
+
 /// The files by which this process, if it is moved, comes back to where it is now.
 pub fn way_back() -> Vec<PathBuf> {
     if !is_v2() {
@@ -108,8 +116,8 @@ pub struct HostCgroup {
     unit: Option<String>,
     /// Directories that making it made, outermost first; removed on drop.
     made: Vec<PathBuf>,
-    /// Where this process came from into a scope; on drop it goes back, and the scope ends.
-    way_back: Option<PathBuf>,
+    /// The files by which this process goes back to where it came from into a scope; on drop it does, and the scope ends.
+    way_back: Vec<PathBuf>,
 }
 
 impl HostCgroup {
@@ -154,7 +162,7 @@ impl HostCgroup {
             first: None,
             unit: None,
             made: Vec::new(),
-            way_back: None,
+            way_back: Vec::new(),
         };
         tree.make(&mut cgroup.made)?;
         if !cgroup.made.contains(&cgroup.path) && tree.is_populated()? {
@@ -168,23 +176,31 @@ impl HostCgroup {
 
     /// Has systemd make a scope, with this process in it.
     fn make_scope(spec: &Spec, scope: &Scope, limits: &[Limit]) -> Result<Self, CgroupError> {
-        if !is_v2() && systemd::is_running() {
-            return Err(CgroupError::SystemdV1);
-        }
+        let (tree, version) = if is_v2() {
+            (None, Version::Second)
+        } else {
+            (Some(v1::Tree::below_root(&scope.path)?), Version::First)
+        };
         let pid = std::process::id();
-        let mut properties = properties::of_scope(scope, pid, limits);
+        let mut properties = properties::of_scope(scope, pid, limits, version);
         let annotations = spec.annotations().iter().flatten();
         let named = annotations.map(|(key, value)| (key.as_str(), value.as_str()));
         properties.extend(properties::of_annotations(named)?);
-        let way_back = Path::new(ROOT).join(place::own()?);
+        let way_back = way_back();
         systemd::start(&scope.unit, &properties)?;
-        let cgroup = Self {
+        let mut cgroup = Self {
             path: Path::new(ROOT).join(&scope.path),
             first: None,
             unit: Some(scope.unit.clone()),
             made: Vec::new(),
-            way_back: Some(way_back),
+            way_back,
         };
+        if let Some(tree) = tree {
+            cgroup.path = tree.main();
+            tree.make(&mut cgroup.made)?;
+            tree.join()?;
+            cgroup.first = Some(tree);
+        }
         cgroup.limit(limits)?;
         Ok(cgroup)
     }
@@ -198,7 +214,7 @@ impl HostCgroup {
             first,
             unit,
             made: Vec::new(),
-            way_back: None,
+            way_back: Vec::new(),
         }
     }
 
@@ -225,7 +241,9 @@ impl HostCgroup {
     /// Changes limits, all or none; answers what was there before.
     pub fn change(&self, limits: &[Limit]) -> Result<Vec<Limit>, CgroupError> {
         match &self.unit {
-            Some(unit) => systemd::change(unit, &properties::of_limits(limits))?,
+            Some(unit) => {
+                systemd::change(unit, &properties::of_limits(limits, self.version()))?;
+            }
             None if self.first.is_none() => self.hand_down_to(&controllers(limits)),
             None => {}
         }
@@ -239,6 +257,11 @@ impl HostCgroup {
             before.extend(old);
         }
         Ok(before)
+    }
+
+    fn version(&self) -> Version {
+        let first = self.first.as_ref();
+        first.map_or(Version::Second, |_| Version::First)
     }
 
     /// What holds at present where a limit is going to be written.
@@ -280,7 +303,7 @@ impl HostCgroup {
     /// Undoes a change, as far as that is possible: the error that led here is the one to report.
     pub fn change_back(&self, before: &[Limit]) {
         if let Some(unit) = &self.unit {
-            let _ = systemd::change(unit, &properties::of_limits(before));
+            let _ = systemd::change(unit, &properties::of_limits(before, self.version()));
         }
         for old in before.iter().rev() {
             let _ = self.limit(std::slice::from_ref(old));
@@ -322,29 +345,32 @@ impl HostCgroup {
 
     /// Takes this process out of the scope that it was needed for to make it, once another process is there.
     pub fn leave(&self) -> Result<(), CgroupError> {
-        let Some(way_back) = &self.way_back else {
-            return Ok(());
-        };
-        let failed = |source| CgroupError::Io {
-            step: "go back to",
-            path: way_back.clone(),
-            source,
-        };
-        write_existing(&way_back.join("cgroup.procs"), "0").map_err(failed)
+        self.way_back.iter().try_for_each(|file| {
+            let failed = |source| CgroupError::Io {
+                step: "go back by",
+                path: file.clone(),
+                source,
+            };
+            write_existing(file, "0").map_err(failed)
+        })
     }
 
     /// It stays when the value is dropped. Returns its directory.
     #[must_use]
     pub fn keep(mut self) -> PathBuf {
         self.made.clear();
-        self.way_back = None;
+        self.way_back.clear();
         std::mem::take(&mut self.path)
     }
 
     /// Kills what is left in it and removes it. Already gone: fine. Waits until the killed processes have left.
     pub fn remove(self) -> Result<(), CgroupError> {
         if let Some(tree) = &self.first {
-            return tree.remove(LEAVE_LIMIT);
+            tree.kill(LEAVE_LIMIT)?;
+            if let Some(unit) = &self.unit {
+                systemd::stop(unit)?;
+            }
+            return tree.remove();
         }
         if self.path.exists() {
             match self.write("cgroup.kill", "1") {
@@ -366,7 +392,7 @@ impl HostCgroup {
             first: None,
             unit: None,
             made: Vec::new(),
-            way_back: None,
+            way_back: Vec::new(),
         };
         for part in relative.components() {
             // Handing down is best effort: a controller that a limit needs and that is not there fails with the limit.
@@ -457,8 +483,9 @@ impl HostCgroup {
 impl Drop for HostCgroup {
     fn drop(&mut self) {
         // systemd ends a scope by killing what is in it.
-        if let (Some(way_back), Some(unit)) = (&self.way_back, &self.unit)
-            && write_existing(&way_back.join("cgroup.procs"), "0").is_ok()
+        if let Some(unit) = &self.unit
+            && !self.way_back.is_empty()
+            && self.leave().is_ok()
         {
             let _ = systemd::stop(unit);
         }

@@ -9,6 +9,8 @@ pub(crate) enum Flavour {
     Base,
     /// The same with an older kernel, which has all of cgroup v1.
     Legacy,
+    /// That, and systemd as the first process, with a system bus.
+    LegacySystemd,
     /// And container engines (podman, Docker, buildah), and systemd as the first process, with a system bus.
     Systemd,
     /// The same of Debian 13: containerd 1.7, podman 5.4, Docker 26.
@@ -23,6 +25,7 @@ impl Flavour {
         match self {
             Self::Base => "base",
             Self::Legacy => "legacy",
+            Self::LegacySystemd => "legacy-systemd",
             Self::Systemd => "systemd",
             Self::Trixie => "trixie",
             Self::Sid => "sid",
@@ -32,7 +35,7 @@ impl Flavour {
     /// The suite of Debian that it is of, where that is not this machine's.
     pub(crate) const fn suite(self) -> Option<&'static str> {
         match self {
-            Self::Base | Self::Legacy | Self::Systemd => None,
+            Self::Base | Self::Legacy | Self::LegacySystemd | Self::Systemd => None,
             Self::Trixie => Some("trixie"),
             Self::Sid => Some("sid"),
         }
@@ -40,13 +43,16 @@ impl Flavour {
 
     /// Whether systemd is its first process.
     pub(crate) const fn has_systemd(self) -> bool {
-        matches!(self, Self::Systemd | Self::Trixie | Self::Sid)
+        matches!(
+            self,
+            Self::LegacySystemd | Self::Systemd | Self::Trixie | Self::Sid
+        )
     }
 
     /// The meta package that depends on the newest kernel of its kind, for clouds.
     pub(crate) const fn kernel(self) -> &'static str {
         match self {
-            Self::Legacy => "linux-image-cloud-amd64",
+            Self::Legacy | Self::LegacySystemd => "linux-image-cloud-amd64",
             Self::Base | Self::Systemd | Self::Trixie | Self::Sid => "linux-image-6.12-cloud-amd64",
         }
     }
@@ -56,6 +62,7 @@ impl Flavour {
         let more: [&[&str]; 3] = match self {
             Self::Base => [QEMU, READERS, &[]],
             Self::Legacy => [QEMU, &[], &[]],
+            Self::LegacySystemd => [&[], &[], SYSTEMD],
             Self::Systemd => [QEMU, ENGINES, SYSTEMD],
             Self::Trixie | Self::Sid => [ENGINES, NEWER, SYSTEMD],
         };
@@ -65,7 +72,7 @@ impl Flavour {
     /// Links that maintainer scripts would have made, in `/usr`: name, target.
     pub(crate) const fn links(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Base | Self::Legacy => &[],
+            Self::Base | Self::Legacy | Self::LegacySystemd => &[],
             Self::Systemd | Self::Trixie | Self::Sid => ENGINE_LINKS,
         }
     }

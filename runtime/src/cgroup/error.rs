@@ -7,11 +7,6 @@ use super::{LEAVE_LIMIT, ROOT, SystemdError};
 /// Why the host's cgroup cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// systemd makes scopes of the first version in other ways.
-    #[error(
-        "systemd cgroups are not supported on a host with cgroup v1: boot it with systemd.unified_cgroup_hierarchy=1"
-    )]
-    SystemdV1,
     /// systemd does not do its part.
     #[error(transparent)]
     Systemd(#[from] SystemdError),

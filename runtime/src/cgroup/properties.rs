@@ -1,12 +1,13 @@
 //! Limits and annotations as properties of a systemd unit: pure functions.
 //!
 //! Contract: what systemd has no property for, or what it could not say exactly, is left out: the cgroup's file is
-//! written in any case.
+//! written in any case. On a host with cgroup v1 systemd's words are those of cgroup v1, as in runc: an older systemd
+//! knows no others.
 //! Spec: org.freedesktop.systemd1(5), systemd.resource-control(5); runc 1.1, libcontainer/cgroups/systemd.
 
 use zbus::Variant;
 
-use super::{CgroupError, limits::Limit, scope::Scope};
+use super::{CgroupError, Version, limits::Limit, scope::Scope};
 
 /// A property's name and value.
 pub(super) type Property = (String, Variant<'static>);
@@ -25,7 +26,12 @@ const PERCENT_US: u64 = SECOND_US / 100;
 const MAX_CPUS: usize = 8192;
 
 /// What a new scope is like, with the process `pid` in it.
-pub(super) fn of_scope(scope: &Scope, pid: u32, limits: &[Limit]) -> Vec<Property> {
+pub(super) fn of_scope(
+    scope: &Scope,
+    pid: u32,
+    limits: &[Limit],
+    version: Version,
+) -> Vec<Property> {
     let mut all = vec![
         property("Description", format!("caisson container {}", scope.name)),
         property("Slice", scope.slice.clone()),
@@ -33,18 +39,47 @@ pub(super) fn of_scope(scope: &Scope, pid: u32, limits: &[Limit]) -> Vec<Propert
         property("PIDs", vec![pid]),
         property("DefaultDependencies", false),
     ];
-    let counted = ["Memory", "CPU", "IO", "Tasks"];
+    let disks = match version {
+        Version::First => "BlockIO",
+        Version::Second => "IO",
+    };
+    let counted = ["Memory", "CPU", disks, "Tasks"];
     all.extend(counted.map(|what| property(&format!("{what}Accounting"), true)));
-    all.extend(of_limits(limits));
+    all.extend(of_limits(limits, version));
     all
 }
 
 /// Limits.
-pub(super) fn of_limits(limits: &[Limit]) -> Vec<Property> {
+pub(super) fn of_limits(limits: &[Limit], version: Version) -> Vec<Property> {
+    let of_limit = match version {
+        Version::First => of_first,
+        Version::Second => of_second,
+    };
     limits.iter().flat_map(of_limit).collect()
 }
 
-fn of_limit(Limit { file, value, .. }: &Limit) -> Vec<Property> {
+/// With cgroup v1 systemd leaves cpusets alone.
+fn of_first(Limit { first_version, .. }: &Limit) -> Vec<Property> {
+    let value = |file: &str| {
+        let mut values = first_version.iter();
+        values.find_map(|(name, value)| (*name == file).then_some(value.as_str()))
+    };
+    let numbers = [
+        ("memory.limit_in_bytes", "MemoryLimit"),
+        ("cpu.shares", "CPUShares"),
+        ("blkio.weight", "BlockIOWeight"),
+    ];
+    let numbers = numbers
+        .into_iter()
+        .filter_map(|(file, name)| Some(property(name, bounded(value(file)?)?)));
+    let quota = value("cpu.cfs_quota_us").and_then(|quota| match value("cpu.cfs_period_us") {
+        Some(period) => bandwidth(&format!("{quota} {period}")),
+        None => bandwidth(quota),
+    });
+    numbers.chain(quota.into_iter().flatten()).collect()
+}
+
+fn of_second(Limit { file, value, .. }: &Limit) -> Vec<Property> {
     let number = |name: &str| {
         let value = value.strip_prefix("default ").unwrap_or(value);
         bounded(value).map_or_else(Vec::new, |value| vec![property(name, value)])
@@ -81,10 +116,10 @@ fn bandwidth(value: &str) -> Option<Vec<Property>> {
     Some(all)
 }
 
-/// A number, or `max`.
+/// A number, or none, which is `max` or -1.
 fn bounded(text: &str) -> Option<u64> {
     match text {
-        "max" => Some(INFINITE),
+        "max" | "-1" => Some(INFINITE),
         number => number.parse().ok(),
     }
 }
@@ -193,11 +228,45 @@ mod tests {
     use super::*;
 
     fn limited(file: &'static str, value: &str) -> Vec<Property> {
-        of_limits(&[Limit {
+        let limit = Limit {
             file,
             value: value.to_owned(),
             first_version: Vec::new(),
-        }])
+        };
+        of_limits(&[limit], Version::Second)
+    }
+
+    #[test]
+    fn with_cgroup_v1_they_are_told_in_its_terms() {
+        let told = |files: &[(&'static str, &str)]| {
+            let files = files.iter().map(|&(file, value)| (file, value.to_owned()));
+            let limit = Limit {
+                file: "cpu.max",
+                value: String::new(),
+                first_version: files.collect(),
+            };
+            of_limits(&[limit], Version::First)
+        };
+        for (file, value, name, wanted) in [
+            ("memory.limit_in_bytes", "1048576", "MemoryLimit", 1 << 20),
+            ("memory.limit_in_bytes", "-1", "MemoryLimit", u64::MAX),
+            ("cpu.shares", "512", "CPUShares", 512),
+            ("blkio.weight", "500", "BlockIOWeight", 500),
+            ("cpu.cfs_quota_us", "-1", "CPUQuotaPerSecUSec", u64::MAX),
+        ] {
+            assert_eq!(told(&[(file, value)]), [property(name, wanted)]);
+        }
+        assert_eq!(
+            told(&[
+                ("cpu.cfs_period_us", "50000"),
+                ("cpu.cfs_quota_us", "55000")
+            ]),
+            [
+                property("CPUQuotaPerSecUSec", 1_100_000_u64),
+                property("CPUQuotaPeriodUSec", 50_000_u64)
+            ]
+        );
+        assert!(told(&[("cpuset.cpus", "0")]).is_empty());
     }
 
     #[test]

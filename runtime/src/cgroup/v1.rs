@@ -5,7 +5,8 @@
 //! them: the monitor's own list of mounts is not the host's (`view.rs`), its paths are. Without
 //! a `cgroupsPath`, or with a relative one, that is below the caller's own cgroup in the [main](Tree::main) hierarchy, the
 //! one for memory; the path there stands for all of them in state files. A hybrid host's cgroup v2 is not touched.
-//! Not here: which limits (`limits.rs`), when (`cgroup.rs`); systemd's cgroups, which need cgroup v2 here.
+//! systemd makes a scope's cgroup in its own hierarchy and in those whose controllers it uses; [`Tree::make`] makes the rest.
+//! Not here: which limits (`limits.rs`), when (`cgroup.rs`); how systemd is asked (`systemd.rs`).
 //! Spec: Linux, Documentation/admin-guide/cgroup-v1; runc 1.1, libcontainer/cgroups/fs.
 
 use std::{
@@ -29,6 +30,9 @@ mod counters;
 
 /// Who is in a cgroup; who writes 0 there goes in.
 const PROCS: &str = "cgroup.procs";
+
+/// Where a hybrid host has cgroup v2.
+const UNIFIED: &str = "/sys/fs/cgroup/unified";
 
 /// What a cgroup must have before a process may go into it, and does not have by itself.
 const INHERITED: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
@@ -70,6 +74,14 @@ impl Tree {
             None => main.own.join(id.as_str()),
         };
         Ok(Some(Self { hierarchies, place }))
+    }
+
+    /// The cgroup at a place below the root of every hierarchy, which need not exist.
+    pub(super) fn below_root(place: &Path) -> Result<Self, CgroupError> {
+        let (hierarchies, place) = (mounted()?, place.to_owned());
+        let is_mounted = !hierarchies.is_empty();
+        let tree = is_mounted.then_some(Self { hierarchies, place });
+        tree.ok_or_else(none_mounted)
     }
 
     /// The cgroup whose directory in the main hierarchy is `path`.
@@ -176,17 +188,17 @@ impl Tree {
             .map_err(|source| failed("examine", &main, source))
     }
 
-    /// Kills what is in it, waits until that is gone, and removes it. Already gone: fine.
-    pub(super) fn remove(&self, patience: Duration) -> Result<(), CgroupError> {
-        self.kill(Instant::now() + patience)?;
+    /// Removes it when nobody is in it. Already gone: fine.
+    pub(super) fn remove(&self) -> Result<(), CgroupError> {
         for dir in self.dirs() {
             super::remove_tree(&dir).map_err(|source| failed("remove", &dir, source))?;
         }
         Ok(())
     }
 
-    /// There is no file for it: every process is named by a descriptor first, and killed if it is still there then.
-    fn kill(&self, deadline: Instant) -> Result<(), CgroupError> {
+    /// Kills what is in it and waits until that is gone. There is no file for it: every process is named by a descriptor first, and killed if it is still there then.
+    pub(super) fn kill(&self, patience: Duration) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + patience;
         let main = self.main();
         let listed = || processes(&main).map_err(|source| failed("examine", &main, source));
         loop {
@@ -224,11 +236,14 @@ fn ends(process: &OwnedFd, deadline: Instant) -> bool {
     retry_on_intr(|| poll(&mut watched, Some(&timeout))).is_ok_and(|ready| ready > 0)
 }
 
-/// The files by which this process goes back to where it is now.
+/// The files by which this process goes back to where it is now; that of a hybrid host's cgroup v2, by which systemd
+/// knows whose a process is, is one of them.
 pub(super) fn way_back() -> Vec<PathBuf> {
     let hierarchies = mounted().unwrap_or_default();
     let back = |one: &Hierarchy| one.mount.join(&one.own).join(PROCS);
-    hierarchies.iter().map(back).collect()
+    let second = place::own().map(|own| Path::new(UNIFIED).join(own).join(PROCS));
+    let second = second.into_iter().filter(|file| file.exists());
+    hierarchies.iter().map(back).chain(second).collect()
 }
 
 fn main(hierarchies: &[Hierarchy]) -> Option<&Hierarchy> {
@@ -283,7 +298,13 @@ fn processes(path: &Path) -> io::Result<Vec<Pid>> {
     };
     let numbers = text.lines().filter_map(|line| line.parse().ok());
     let mut all: Vec<Pid> = numbers.filter_map(Pid::from_raw).collect();
-    for entry in fs::read_dir(path)? {
+    let listing = match fs::read_dir(path) {
+        Ok(listing) => listing,
+        // systemd removes a scope as soon as it is empty.
+        Err(error) if is_gone(&error) => return Ok(all),
+        Err(error) => return Err(error),
+    };
+    for entry in listing {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             all.extend(processes(&entry.path())?);
@@ -370,7 +391,8 @@ mod tests {
             error.to_string().contains("/sys/fs/cgroup/pids/"),
             "{error}"
         );
-        tree.remove(Duration::ZERO).unwrap();
+        tree.kill(Duration::ZERO).unwrap();
+        tree.remove().unwrap();
         assert!(!tree.main().exists());
     }
 }

@@ -163,12 +163,7 @@ fn cgroup(host: &Host) -> Finding {
                 "limits of that kind are refused; look for cgroup_disable= on the kernel's command line",
             )
         }
-        Cgroup::V1 => Finding::new(
-            Grade::Note,
-            "cgroups",
-            "version 1",
-            "all but --systemd-cgroup works; with systemd.unified_cgroup_hierarchy=1 that does, too",
-        ),
+        Cgroup::V1 => Finding::new(Grade::Fine, "cgroups", "version 1", ""),
         Cgroup::None => Finding::new(Grade::Missing, "cgroups", "none on /sys/fs/cgroup", advice),
     }
 }
