@@ -15,12 +15,12 @@
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::LinuxResources;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
@@ -31,7 +31,6 @@ use serde::{Deserialize, Serialize};
 use crate::{
     rootless::Rootless,
     sizing::VmSize,
-    state::ContainerId,
     stats::{self, Files, Stats, StatsError},
 };
 
@@ -41,15 +40,16 @@ mod limits;
 mod place;
 mod properties;
 mod scope;
+mod site;
 mod systemd;
 mod v1;
 
 use files::{controllers, hand_down, is_gone, populated, remove_tree, rewound, write_existing};
-use scope::Scope;
 
 pub use error::CgroupError;
 pub use files::is_v2;
 pub use limits::{HOST_OVERHEAD, Limit};
+pub use site::{Note, Site};
 pub use systemd::SystemdError;
 
 /// Where the one hierarchy of cgroup v2 is mounted.
@@ -121,90 +121,6 @@ pub struct HostCgroup {
 }
 
 impl HostCgroup {
-    /// Makes the cgroup for a container and limits it to the container's limits plus the cost of its virtual machine.
-    /// `None`: there is none, which the caller's terms allow.
-    pub fn make(
-        spec: &Spec,
-        id: &ContainerId,
-        size: VmSize,
-        terms: Terms,
-    ) -> Result<Option<Self>, CgroupError> {
-        let asked = spec
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.cgroups_path().as_deref())
-            .filter(|path| !path.as_os_str().is_empty());
-        let limits = limits::of(spec, size);
-        if terms.systemd {
-            return Self::make_scope(spec, &Scope::of(asked, id)?, &limits).map(Some);
-        }
-        let made = if is_v2() {
-            let relative = place::of(asked, id)?;
-            Self::make_below(Path::new(ROOT), &relative, &controllers(&limits))
-        } else {
-            Self::make_everywhere(asked, id)
-        };
-        let cgroup = match made {
-            Err(error) if asked.is_none() && error.is_permission() && terms.rootless.applies() => {
-                return go_without(spec, error).map(|()| None);
-            }
-            made => made?,
-        };
-        cgroup.limit(&limits)?;
-        Ok(Some(cgroup))
-    }
-
-    /// Makes it in every hierarchy of cgroup v1.
-    fn make_everywhere(asked: Option<&Path>, id: &ContainerId) -> Result<Self, CgroupError> {
-        let tree = v1::Tree::of(asked, id)?.ok_or_else(v1::none_mounted)?;
-        let mut cgroup = Self {
-            path: tree.main(),
-            first: None,
-            unit: None,
-            made: Vec::new(),
-            way_back: Vec::new(),
-        };
-        tree.make(&mut cgroup.made)?;
-        if !cgroup.made.contains(&cgroup.path) && tree.is_populated()? {
-            return Err(CgroupError::Populated {
-                path: cgroup.path.clone(),
-            });
-        }
-        cgroup.first = Some(tree);
-        Ok(cgroup)
-    }
-
-    /// Has systemd make a scope, with this process in it.
-    fn make_scope(spec: &Spec, scope: &Scope, limits: &[Limit]) -> Result<Self, CgroupError> {
-        let (tree, version) = if is_v2() {
-            (None, Version::Second)
-        } else {
-            (Some(v1::Tree::below_root(&scope.path)?), Version::First)
-        };
-        let pid = std::process::id();
-        let mut properties = properties::of_scope(scope, pid, limits, version);
-        let annotations = spec.annotations().iter().flatten();
-        let named = annotations.map(|(key, value)| (key.as_str(), value.as_str()));
-        properties.extend(properties::of_annotations(named)?);
-        let way_back = way_back();
-        systemd::start(&scope.unit, &properties)?;
-        let mut cgroup = Self {
-            path: Path::new(ROOT).join(&scope.path),
-            first: None,
-            unit: Some(scope.unit.clone()),
-            made: Vec::new(),
-            way_back,
-        };
-        if let Some(tree) = tree {
-            cgroup.path = tree.main();
-            tree.make(&mut cgroup.made)?;
-            tree.join()?;
-            cgroup.first = Some(tree);
-        }
-        cgroup.limit(limits)?;
-        Ok(cgroup)
-    }
-
     /// Names the cgroup of an existing container, as its state file has it: the directory, and systemd's unit if it is
     /// one.
     pub fn at(path: PathBuf, unit: Option<String>) -> Self {
@@ -345,14 +261,16 @@ impl HostCgroup {
 
     /// Takes this process out of the scope that it was needed for to make it, once another process is there.
     pub fn leave(&self) -> Result<(), CgroupError> {
-        self.way_back.iter().try_for_each(|file| {
-            let failed = |source| CgroupError::Io {
+        let back = |file: &PathBuf| {
+            write_existing(file, "0").map_err(|source| CgroupError::Io {
                 step: "go back by",
                 path: file.clone(),
                 source,
-            };
-            write_existing(file, "0").map_err(failed)
-        })
+            })
+        };
+        // One that fails must not keep this process in the others.
+        let went: Vec<_> = self.way_back.iter().map(back).collect();
+        went.into_iter().collect()
     }
 
     /// It stays when the value is dropped. Returns its directory.
@@ -386,31 +304,19 @@ impl HostCgroup {
         remove_tree(&self.path).map_err(|source| self.failed("remove", source))
     }
 
-    fn make_below(root: &Path, relative: &Path, controllers: &[&str]) -> Result<Self, CgroupError> {
-        let mut cgroup = Self {
-            path: root.to_owned(),
-            first: None,
-            unit: None,
-            made: Vec::new(),
-            way_back: Vec::new(),
+    /// Removes what somebody has died in making, if it was made: as [`HostCgroup::remove`], except that one in which there
+    /// are processes is another's and stays.
+    fn remove_unless_used(self) -> Result<(), CgroupError> {
+        // He may still be leaving it.
+        let is_used = match &self.first {
+            Some(tree) => !tree.empties(LEAVE_LIMIT)?,
+            None => match self.wait_until_empty() {
+                Ok(()) => false,
+                Err(CgroupError::Stuck { .. }) => true,
+                Err(error) => return Err(error),
+            },
         };
-        for part in relative.components() {
-            // Handing down is best effort: a controller that a limit needs and that is not there fails with the limit.
-            hand_down(&cgroup.path, controllers);
-            cgroup.path.push(part);
-            match fs::DirBuilder::new().mode(0o755).create(&cgroup.path) {
-                Ok(()) => cgroup.made.push(cgroup.path.clone()),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(cgroup.failed("make", source)),
-            }
-        }
-        let existed = cgroup.made.last() != Some(&cgroup.path);
-        if existed && cgroup.is_populated()? {
-            return Err(CgroupError::Populated {
-                path: cgroup.path.clone(),
-            });
-        }
-        Ok(cgroup)
+        if is_used { Ok(()) } else { self.remove() }
     }
 
     fn limit(&self, limits: &[limits::Limit]) -> Result<(), CgroupError> {
@@ -493,81 +399,5 @@ impl Drop for HostCgroup {
         for path in self.made.iter().rev() {
             drop(fs::remove_dir(path));
         }
-    }
-}
-
-/// As runc: whoever may do without a cgroup does, unless he asked for what only a cgroup gives.
-fn go_without(spec: &Spec, error: CgroupError) -> Result<(), CgroupError> {
-    if limits::are_asked(spec) {
-        return Err(CgroupError::Unpermitted(Box::new(error)));
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn making_and_dropping_leaves_what_was_there_before() {
-        let root = tempfile::tempdir().unwrap();
-        fs::create_dir(root.path().join("slice")).unwrap();
-        let cgroup = HostCgroup::make_below(root.path(), Path::new("slice/pod/c1"), &[]).unwrap();
-        assert_eq!(cgroup.path(), root.path().join("slice/pod/c1"));
-        assert!(cgroup.path().is_dir());
-        drop(cgroup);
-        assert!(root.path().join("slice").is_dir() && !root.path().join("slice/pod").exists());
-        let kept = HostCgroup::make_below(root.path(), Path::new("slice/pod"), &[])
-            .unwrap()
-            .keep();
-        assert!(kept.is_dir());
-    }
-
-    #[test]
-    fn a_populated_cgroup_is_not_taken_over_and_not_removed() {
-        let root = tempfile::tempdir().unwrap();
-        let taken = root.path().join("c1");
-        fs::create_dir(&taken).unwrap();
-        fs::write(taken.join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
-        let error = HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap_err();
-        assert!(matches!(error, CgroupError::Populated { .. }));
-        assert!(taken.exists());
-        fs::write(taken.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
-        HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap();
-    }
-
-    #[test]
-    fn who_asks_for_limits_cannot_do_without_a_cgroup() {
-        let denied = || CgroupError::Io {
-            step: "make",
-            path: "/sys/fs/cgroup/c1".into(),
-            source: rustix::io::Errno::ROFS.into(),
-        };
-        assert!(denied().is_permission());
-        let asking = |resources: &str| {
-            let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
-            go_without(&serde_json::from_str(&spec).unwrap(), denied())
-        };
-        asking(r#"{"devices":[{"allow":false}],"pids":{"limit":0}}"#).unwrap();
-        let error = asking(r#"{"pids":{"limit":5}}"#).unwrap_err();
-        assert!(error.to_string().starts_with("rootless needs no limits"));
-    }
-
-    #[test]
-    fn a_limit_that_cannot_be_written_is_named() {
-        let root = tempfile::tempdir().unwrap();
-        let cgroup = HostCgroup::make_below(root.path(), Path::new("c1"), &[]).unwrap();
-        let limit = limits::Limit {
-            file: "memory.max",
-            value: "5".into(),
-            first_version: Vec::new(),
-        };
-        let error = cgroup.limit(&[limit]).unwrap_err();
-        let wanted = format!(
-            "write \"5\" to {}",
-            cgroup.path().join("memory.max").display()
-        );
-        assert_eq!(error.to_string(), wanted);
-        assert!(!error.is_permission());
     }
 }

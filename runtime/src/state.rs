@@ -288,6 +288,7 @@ impl StateDir {
             annotations: None,
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         })
     }
 }
@@ -340,6 +341,7 @@ mod tests {
             annotations: None,
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         }
     }
 

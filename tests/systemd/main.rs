@@ -5,6 +5,8 @@
 
 #![allow(clippy::panic, reason = "a failed expectation is how a test fails")]
 
+mod kills;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;

@@ -188,6 +188,18 @@ impl Tree {
             .map_err(|source| failed("examine", &main, source))
     }
 
+    /// Waits until nobody is in it who is now; `false`: somebody stays that long.
+    pub(super) fn empties(&self, patience: Duration) -> Result<bool, CgroupError> {
+        let deadline = Instant::now() + patience;
+        let main = self.main();
+        let inside = processes(&main).map_err(|source| failed("examine", &main, source))?;
+        let named = |pid: Pid| pidfd_open(pid, PidfdFlags::empty()).ok();
+        Ok(inside
+            .into_iter()
+            .filter_map(named)
+            .all(|process| ends(&process, deadline)))
+    }
+
     /// Removes it when nobody is in it. Already gone: fine.
     pub(super) fn remove(&self) -> Result<(), CgroupError> {
         for dir in self.dirs() {

@@ -7,7 +7,6 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::Context;
 use crate::{
     boot::{VM_LOCK, wait_for_vmm},
-    cgroup::HostCgroup,
     cli::Delete,
     error::{self, CommandError},
     hooks,
@@ -70,9 +69,7 @@ pub(super) fn destroy(context: &Context, dir: StateDir) -> Result<(), CommandErr
     let state = dir.state()?;
     // Hooks that cannot be read must not keep a container from being removed.
     let lists = HostHooks::load(dir.path()).unwrap_or_default();
-    if let Some(path) = &state.cgroup {
-        HostCgroup::at(path.clone(), state.systemd_unit.clone()).remove()?;
-    }
+    state.cgroup_note().clear()?;
     let network = crate::network::clear(dir.path());
     dir.remove()?;
     if let Err(error) = network {

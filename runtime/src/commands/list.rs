@@ -211,6 +211,7 @@ mod tests {
             annotations: None,
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         };
         (state, "root".into())
     }

@@ -336,6 +336,7 @@ mod tests {
                 annotations: None,
                 cgroup: None,
                 systemd_unit: None,
+                cgroup_intended: false,
             },
             pod: "pod".into(),
             guest: Some(Box::default()),

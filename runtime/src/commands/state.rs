@@ -69,6 +69,7 @@ mod tests {
             annotations: Some(HashMap::new()),
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         };
         let runc = r#"{
   "ociVersion": "1.0.2-dev",

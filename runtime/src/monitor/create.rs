@@ -22,7 +22,7 @@ use super::{
 use crate::{
     boot::Boot,
     bundle::{Bundle, Caller},
-    cgroup::HostCgroup,
+    cgroup::{HostCgroup, Site},
     config::Config,
     control::Listener,
     disks::{self, Disk},
@@ -61,6 +61,7 @@ struct Checked {
     identities: Option<Identities>,
     size: VmSize,
     bounds: Bounds,
+    site: Site,
     disks: Vec<Disk>,
 }
 
@@ -92,6 +93,7 @@ fn check(order: &Order) -> Result<Checked, CreateError> {
         log,
         disks: disks::open_all(&bundle.spec)?,
         bounds: Bounds::of(size, &bundle.spec, &config, host_has),
+        site: Site::of(&bundle.spec, &order.id, order.cgroups)?,
         config,
         bundle,
         joins,
@@ -117,6 +119,7 @@ pub(super) async fn create(
         identities,
         size,
         bounds,
+        site,
         disks,
     } = check(&order)?;
     trace.mark(Who::Holder, "check the bundle");
@@ -129,13 +132,10 @@ pub(super) async fn create(
         report.send(&Report::Warning(warning.clone()), &[]).await?;
     }
     let mut state = State::creating(&order.id, &bundle);
-    dir.store(&state)?;
-    let cgroup = HostCgroup::make(&bundle.spec, &order.id, size, order.cgroups)?;
-    if let Some(cgroup) = &cgroup {
-        state.cgroup = Some(cgroup.path().to_owned());
-        state.systemd_unit = cgroup.unit().map(str::to_owned);
-        dir.store(&state)?;
-    }
+    let cgroup = site.make(&bundle.spec, size, |note| {
+        state.set_cgroup(note);
+        dir.store(&state).map_err(CreateError::from)
+    })?;
     // Both while this process is where its caller is.
     let user_network = match bundle.is_without_network() {
         true => Some(user_network(&config, report).await?),

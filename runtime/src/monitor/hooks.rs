@@ -126,6 +126,7 @@ mod tests {
             annotations: None,
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         };
         let told = |status| -> serde_json::Value {
             serde_json::from_slice(&hook_state(&state, status)).unwrap()

@@ -20,7 +20,7 @@ use rustix::{
 use super::{args::Args, bootstrap::ADDRESS, container::Hooks, process::timestamp, ticket::Ticket};
 use crate::{
     boot::wait_for_vmm,
-    cgroup::{CgroupError, HostCgroup},
+    cgroup::{CgroupError, Note},
     monitor::HostHooks,
     sandbox::LOST,
     state::{ContainerId, State, StateError, Status},
@@ -55,9 +55,12 @@ pub(super) fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
             &bundle,
             end_server(&bundle, ticket.pid),
         )?;
-        if let Some(cgroup) = ticket.cgroup {
-            HostCgroup::at(cgroup, ticket.unit).remove()?;
-        }
+        let note = Note {
+            path: ticket.cgroup,
+            unit: ticket.unit,
+            intended: ticket.intended,
+        };
+        note.clear()?;
         at("wait for the VMM of", &bundle, wait_for_vmm(&bundle))?;
         run_hooks(args, &bundle)?;
         remove_socket(&bundle);
@@ -115,6 +118,7 @@ fn run_hooks(args: &Args, bundle: &Path) -> Result<(), DeleteError> {
             annotations: None,
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         },
     };
     hooks.after_deletion();
@@ -177,6 +181,7 @@ mod tests {
             pid: 1,
             cgroup: Some("/sys/fs/cgroup/no/such".into()),
             unit: None,
+            intended: false,
         };
         ticket.store(dir.path()).unwrap();
         for _ in 0..2 {

@@ -23,6 +23,9 @@ pub(super) struct Ticket {
     /// systemd's unit for it, if systemd made it.
     #[serde(default)]
     pub(super) unit: Option<String>,
+    /// It may not be there yet, and what is there may be another's.
+    #[serde(default)]
+    pub(super) intended: bool,
 }
 
 impl Ticket {
@@ -55,6 +58,7 @@ mod tests {
             pid: 7,
             cgroup: Some("/sys/fs/cgroup/x".into()),
             unit: Some("x.scope".into()),
+            intended: true,
         };
         ticket.store(dir.path()).unwrap();
         assert_eq!(Ticket::load(dir.path()).unwrap(), Some(ticket));

@@ -7,7 +7,7 @@ use std::{collections::HashMap, fmt, path::PathBuf, time::SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::StateError;
-use crate::bundle::Bundle;
+use crate::{bundle::Bundle, cgroup::Note};
 
 /// A container's name: 1 to 1,024 bytes of letters, digits and `_ + , - .`, but not `.` or `..`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -109,6 +109,9 @@ pub struct State {
     /// systemd's unit for it, if systemd made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub systemd_unit: Option<String>,
+    /// It may not be there yet, and what is there may be another's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cgroup_intended: bool,
 }
 
 impl State {
@@ -125,6 +128,24 @@ impl State {
             annotations: bundle.spec.annotations().clone(),
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
+        }
+    }
+}
+
+impl State {
+    /// Writes down what there is of a host cgroup.
+    pub fn set_cgroup(&mut self, note: Note) {
+        (self.cgroup, self.systemd_unit) = (note.path, note.unit);
+        self.cgroup_intended = note.intended;
+    }
+
+    /// What there is of a host cgroup, by which it is removed.
+    pub fn cgroup_note(&self) -> Note {
+        Note {
+            path: self.cgroup.clone(),
+            unit: self.systemd_unit.clone(),
+            intended: self.cgroup_intended,
         }
     }
 }

@@ -231,6 +231,7 @@ mod tests {
             annotations: None,
             cgroup: None,
             systemd_unit: None,
+            cgroup_intended: false,
         };
         let supervisor = Supervisor {
             path: "/s".into(),

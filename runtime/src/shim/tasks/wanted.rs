@@ -8,7 +8,7 @@ use oci_spec::runtime::Spec;
 use super::{bundle_path, held::Held};
 use crate::{
     bundle::Bundle,
-    cgroup::{HostCgroup, Terms},
+    cgroup::{HostCgroup, Site, Terms},
     config::Config,
     disks::{self, Disk},
     guest_spec::{self, HostFiles},
@@ -185,19 +185,17 @@ impl Wanted {
         size: VmSize,
     ) -> Result<Option<HostCgroup>, TaskError> {
         let left = host("leave word for a later delete");
-        let store = |cgroup: Option<&HostCgroup>| {
-            Ticket {
-                pid: std::process::id(),
-                cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
-                unit: cgroup.and_then(HostCgroup::unit).map(str::to_owned),
-            }
-            .store(&self.bundle.path)
-        };
         self.hooks.lists.store(&self.bundle.path).map_err(&left)?;
-        store(None).map_err(&left)?;
-        let cgroup = HostCgroup::make(sized, &self.id, size, self.cgroups)?;
-        store(cgroup.as_ref()).map_err(&left)?;
-        Ok(cgroup)
+        let site = Site::of(sized, &self.id, self.cgroups)?;
+        site.make(sized, size, |note| {
+            let ticket = Ticket {
+                pid: std::process::id(),
+                cgroup: note.path,
+                unit: note.unit,
+                intended: note.intended,
+            };
+            ticket.store(&self.bundle.path).map_err(&left)
+        })
     }
 
     /// Runs the hooks that come first, and reaches the supervisor.
