@@ -60,8 +60,7 @@ impl Flavour {
     /// What it consists of, besides what these depend on.
     pub(crate) fn packages(self) -> impl Iterator<Item = &'static &'static str> {
         let more: [&[&str]; 3] = match self {
-            Self::Base => [QEMU, READERS, &[]],
-            Self::Legacy => [QEMU, &[], &[]],
+            Self::Base | Self::Legacy => [QEMU, &[], &[]],
             Self::LegacySystemd => [&[], &[], SYSTEMD],
             Self::Systemd => [QEMU, ENGINES, SYSTEMD],
             Self::Trixie | Self::Sid => [ENGINES, NEWER, SYSTEMD],
@@ -134,9 +133,6 @@ const PACKAGES: &[&str] = &[
 
 /// A peer in benchmarks.
 const QEMU: &[&str] = &["qemu-system-x86"];
-
-/// What reads the package's completions and manual pages, beside bash.
-const READERS: &[&str] = &["fish", "mandoc", "zsh"];
 
 /// What Debian 12 has in the package `docker.io`.
 const NEWER: &[&str] = &["docker-cli"];
@@ -230,7 +226,7 @@ const EXCLUDED: &[&str] = &[
     "./usr/share/info",
     "./usr/share/lintian",
     "./usr/share/bash-completion",
-    "./usr/share/zsh/help",
+    "./usr/share/zsh",
     "./usr/share/iso-codes",
     "./usr/share/xml",
     "./usr/share/perl*",
